@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything from a bare Python 3.10-3.13: venv, install, build, run.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; do \
+  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test lint bench clean
+demo: $(VENV)/.demo
+	$(BIN)/dre-fast demo --out demo
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# torch comes first and on its own: the extension is built against it, without build isolation.
+$(VENV)/.torch: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.10-3.13 found; name one: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "[1/2] installing torch"
+	$(PIP) setuptools wheel pybind11 torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(NATIVE)
+	@echo "[2/2] installing dre_fast for the demo"
+	$(PIP) --no-build-isolation -e '.[wsi,train]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(NATIVE)
+	@echo "[2/2] installing dre_fast with everything the tests use"
+	$(PIP) --no-build-isolation -e '.[wsi,train,cucim,test,dev]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info dre_fast/*.so
