@@ -1,0 +1,477 @@
+"""Paints one synthetic H&E-like slide: glass, stroma, benign structures and (in tumour slides) tumour structures.
+
+The painter works on two concentration maps, haematoxylin and eosin, and turns them into colour at the very end by
+the Beer-Lambert law with stain vectors that differ from slide to slide. Nuclei and structures are small stamps that
+are rendered once per slide and then placed, all of a kind in one indexed maximum, so a slide takes a fraction of a second.
+
+What distinguishes the classes is arrangement, not amount. A "glandular" structure is a ring of nuclei around a pale
+lumen; a "squamous" one holds as many nuclei, packed solid around an eosinophilic whorl, with a pale cleft outside.
+Eosin moved into one place is taken from another (each structure's eosin change sums to zero), and normal slides
+carry benign foci of the same extent and the same nuclear area, so mean colour says next to nothing about the labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatImage = NDArray[np.float32]
+
+SUBTYPES = ("glandular", "squamous")
+
+# Optical densities of the two stains per unit concentration in R, G, B (after Ruifrok and Johnston 2001, normalised).
+_HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
+_EOSIN = np.array([0.07, 0.99, 0.11])
+
+# Sizes in micrometres.
+_STRUCTURE_SPACING = 50.0
+_RADIUS_RANGE = (15.0, 20.0)
+_NUCLEI_PER_STRUCTURE = 15
+_STROMAL_NUCLEI_PER_MM2 = 2600.0
+
+
+@dataclass(frozen=True)
+class TissueSpec:
+    """What one slide shows.
+
+    Attributes:
+        width, height: level-0 size in pixels.
+        mpp: micrometres per pixel; structures keep their size in micrometres.
+        subtype: "glandular", "squamous" or None for a slide without tumour.
+        witness: fraction of the tissue area taken by the tumour focus (or by the benign focus of a normal slide).
+        nuclear_scale: diameter of tumour nuclei relative to the usual one.
+        pleomorphism: relative spread of the diameters and darkness of tumour nuclei.
+        contrast: 1 is the usual strength of the class pattern; towards 0 the nuclei lose their arrangement.
+    """
+
+    width: int
+    height: int
+    mpp: float
+    subtype: str | None
+    witness: float
+    nuclear_scale: float = 1.0
+    pleomorphism: float = 0.1
+    contrast: float = 1.0
+
+
+def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Paints a slide.
+
+    Args:
+        spec: what to show.
+        rng: source of every random choice; the same state gives the same pixels.
+
+    Returns:
+        pixels uint8 [height, width, 3], RGB, and the tumour structures float64 [n, 3] as (x, y, radius) in level-0
+        pixels, n = 0 for a normal slide.
+    """
+    shape = (spec.height, spec.width)
+    um = 1.0 / spec.mpp  # pixels per micrometre
+    tissue = _tissue_mask(shape, rng)
+    inside = tissue > 0.5
+
+    angle = _smooth(shape, 260 * um, rng) * np.float32(0.9) + np.float32(rng.uniform(0, np.pi))
+    eosin = _stroma(shape, um, rng)
+    haematoxylin = 0.05 + 0.03 * _smooth(shape, 40 * um, rng)
+
+    focus = _focus_mask(inside, spec.witness, rng)
+    centres = _grid_points(focus, _STRUCTURE_SPACING * um, rng)
+    stray = _grid_points(inside & ~_dilate(focus), 3.1 * _STRUCTURE_SPACING * um, rng)
+    occupied = np.concatenate([centres, stray])
+
+    structures = np.zeros((0, 3))
+    if spec.subtype is None:
+        _paint_benign(haematoxylin, eosin, centres, um, rng)
+    else:
+        structures = _paint_tumour(haematoxylin, eosin, centres, spec, um, rng)
+    _paint_benign(haematoxylin, eosin, stray, um, rng)
+    _paint_stromal_nuclei(haematoxylin, inside, occupied, angle, um, rng)
+    return _stain(haematoxylin, eosin, tissue, rng), structures
+
+
+# ---------------------------------------------------------------------------------------------------- fields
+
+
+def _resize(image: FloatImage, shape: tuple[int, int]) -> FloatImage:
+    """Bicubic resize of a float32 image [h, w] to `shape`."""
+    from PIL import Image
+
+    resized = Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.float32)
+
+
+def _smooth(shape: tuple[int, int], scale: float, rng: np.random.Generator) -> FloatImage:
+    """Smooth noise of about zero mean and unit deviation that varies over `scale` pixels, float32 [h, w]."""
+    coarse = (max(2, round(shape[0] / scale) + 3), max(2, round(shape[1] / scale) + 3))
+    return _resize(rng.standard_normal(coarse).astype(np.float32), shape)
+
+
+def _tissue_mask(shape: tuple[int, int], rng: np.random.Generator) -> FloatImage:
+    """One or two irregular pieces on glass: float32 [h, w] in [0, 1] with a soft edge."""
+    height, width = shape
+    small = (max(8, height // 8), max(8, width // 8))
+    y, x = np.meshgrid(np.linspace(0, 1, small[0]), np.linspace(0, 1, small[1]), indexing="ij")
+    wobble = 0.16 * _smooth(small, small[0] / 4, rng) + 0.06 * _smooth(small, small[0] / 14, rng)
+    if rng.random() < 0.5:
+        pieces = [
+            (
+                rng.uniform(0.46, 0.54),
+                rng.uniform(0.46, 0.54),
+                rng.uniform(0.33, 0.38),
+                rng.uniform(0.35, 0.40),
+            )
+        ]
+    else:
+        pieces = [
+            (
+                rng.uniform(0.27, 0.30),
+                rng.uniform(0.42, 0.58),
+                rng.uniform(0.20, 0.23),
+                rng.uniform(0.33, 0.39),
+            ),
+            (
+                rng.uniform(0.72, 0.75),
+                rng.uniform(0.42, 0.58),
+                rng.uniform(0.18, 0.21),
+                rng.uniform(0.28, 0.36),
+            ),
+        ]
+    level = np.full(small, -1.0)
+    for cx, cy, rx, ry in pieces:
+        level = np.maximum(level, 1.0 - np.hypot((x - cx) / rx, (y - cy) / ry))
+    level = level + wobble
+    # A margin of glass on every side, whatever the wobble does.
+    margin = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
+    level = np.minimum(level, (margin - 0.03) * 6)
+    return np.clip(_resize((level * 14 + 0.5).astype(np.float32), shape), 0, 1)
+
+
+def _stroma(shape: tuple[int, int], um: float, rng: np.random.Generator) -> FloatImage:
+    """Wavy eosinophilic fibres, float32 [h, w]."""
+    height, width = shape
+    theta = rng.uniform(0, np.pi)
+    y = np.arange(height, dtype=np.float32)[:, None]
+    x = np.arange(width, dtype=np.float32)[None, :]
+    phase = (x * np.float32(np.cos(theta)) + y * np.float32(np.sin(theta))) * np.float32(
+        2 * np.pi / (17 * um)
+    )
+    phase = phase + 5.0 * _smooth(shape, 150 * um, rng) + 1.3 * _smooth(shape, 40 * um, rng)
+    density = 0.5 + 0.11 * _smooth(shape, 120 * um, rng)
+    grain = _smooth(shape, 3 * um, rng)
+    return np.clip(density + 0.10 * np.sin(phase) + 0.05 * grain, 0.05, None).astype(np.float32)
+
+
+def _focus_mask(inside: NDArray[np.bool_], fraction: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """One to three irregular foci that together take `fraction` of the tissue: bool [h, w]."""
+    height, width = inside.shape
+    small = (max(8, height // 8), max(8, width // 8))
+    coarse = inside[:: height // small[0], :: width // small[1]][: small[0], : small[1]]
+    ys, xs = np.nonzero(coarse)
+    if not len(ys):
+        return np.zeros_like(inside)
+    seeds = rng.integers(len(ys), size=int(rng.integers(1, 4)))
+    score = np.full(coarse.shape, np.inf)
+    y, x = np.mgrid[: coarse.shape[0], : coarse.shape[1]]
+    for seed in seeds:
+        score = np.minimum(score, np.hypot(y - ys[seed], x - xs[seed]) / coarse.shape[0])
+    score = score + 0.045 * _smooth(coarse.shape, coarse.shape[0] / 9, rng)
+    threshold = np.quantile(score[coarse], fraction)
+    focus = _resize((threshold - score).astype(np.float32), (height, width)) > 0
+    return focus & inside
+
+
+def _dilate(mask: NDArray[np.bool_], pixels: int = 24) -> NDArray[np.bool_]:
+    """Grows a mask by about `pixels` on every side."""
+    grown = mask.copy()
+    for axis in (0, 1):
+        base = grown.copy()
+        for step in (pixels, -pixels, pixels // 2, -(pixels // 2)):
+            grown |= np.roll(base, step, axis=axis)
+    return grown
+
+
+def _grid_points(mask: NDArray[np.bool_], spacing: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Jittered hexagonal grid points inside a mask, float64 [n, 2] as (x, y)."""
+    height, width = mask.shape
+    rows = np.arange(spacing / 2, height, spacing * 0.88)
+    cols = np.arange(spacing / 2, width, spacing)
+    x = cols[None, :] + (np.arange(len(rows)) % 2)[:, None] * spacing / 2
+    y = np.broadcast_to(rows[:, None], x.shape)
+    points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(-0.07, 0.07, (x.size, 2)) * spacing
+    points = points + rng.uniform(-0.5, 0.5, 2) * spacing
+    ok = (points[:, 0] >= 0) & (points[:, 0] < width) & (points[:, 1] >= 0) & (points[:, 1] < height)
+    points = points[ok]
+    return points[mask[points[:, 1].astype(int), points[:, 0].astype(int)]]
+
+
+# ---------------------------------------------------------------------------------------------------- stamps
+
+
+def _nucleus_stamps(
+    length: NDArray[np.float64],
+    width: NDArray[np.float64],
+    orientation: NDArray[np.float64],
+    darkness: NDArray[np.float64],
+    texture: float,
+    rng: np.random.Generator,
+) -> FloatImage:
+    """Soft-edged ellipses with chromatin texture, float32 [n, s, s]; lengths in pixels, orientation in radians."""
+    half = int(np.ceil(length.max() / 2 + 1.5))
+    axis = np.arange(-half, half + 1, dtype=np.float64)
+    y, x = axis[None, :, None], axis[None, None, :]
+    cos, sin = np.cos(orientation)[:, None, None], np.sin(orientation)[:, None, None]
+    u, v = x * cos + y * sin, -x * sin + y * cos
+    a, b = length[:, None, None] / 2, width[:, None, None] / 2
+    radius = np.hypot(u / a, v / b)
+    # Distance to the edge in pixels, about: one pixel of ramp is the anti-aliasing.
+    body = np.clip((1 - radius) * np.minimum(a, b) + 0.5, 0, 1)
+    rim = np.exp(-(((radius - 0.85) / 0.22) ** 2))
+    chromatin = (
+        1
+        - texture * 0.45 * (1 - rim)
+        + texture * 0.25 * rng.standard_normal((len(length), len(axis), len(axis)))
+    )
+    return (body * np.clip(chromatin, 0.2, 1.4) * darkness[:, None, None]).astype(np.float32)
+
+
+def _place(
+    image: FloatImage, stamps: FloatImage, which: NDArray[np.int64], points: NDArray[np.float64]
+) -> None:
+    """Stamps `stamps[which[i]]` at `points[i]` (x, y), keeping the larger value; parts outside the image are cut."""
+    height, width = image.shape
+    half = stamps.shape[1] // 2
+    offset = np.arange(-half, half + 1)
+    y = np.rint(points[:, 1]).astype(np.int64)[:, None, None] + offset[None, :, None]
+    x = np.rint(points[:, 0]).astype(np.int64)[:, None, None] + offset[None, None, :]
+    ok = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (stamps[which] > 0)
+    flat = (y * width + x)[ok]
+    np.maximum.at(image.reshape(-1), flat, stamps[which][ok])
+
+
+def _add(
+    image: FloatImage, stamps: FloatImage, which: NDArray[np.int64], points: NDArray[np.float64]
+) -> None:
+    """Adds `stamps[which[i]]` at `points[i]` (x, y); parts outside the image are cut."""
+    height, width = image.shape
+    half = stamps.shape[1] // 2
+    for index, (px, py) in zip(which, np.rint(points).astype(int)):
+        y0, x0 = py - half, px - half
+        top, left = max(0, -y0), max(0, -x0)
+        bottom = min(stamps.shape[1], height - y0)
+        right = min(stamps.shape[2], width - x0)
+        if bottom > top and right > left:
+            image[y0 + top : y0 + bottom, x0 + left : x0 + right] += stamps[index, top:bottom, left:right]
+
+
+def _zero_sum(delta: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """Shifts mass between the two signs of a pattern so that it sums to zero, and sets its energy.
+
+    The energy fixes the second-order change of mean colour, which is the same for every pattern of one strength.
+    """
+    positive, negative = np.clip(delta, 0, None), np.clip(-delta, 0, None)
+    balanced = positive / positive.sum() - negative / negative.sum()
+    return balanced * (strength / np.sqrt((balanced**2).sum()))
+
+
+# ------------------------------------------------------------------------------------------------ structures
+
+
+def _radii(n: int, um: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    return rng.uniform(*_RADIUS_RANGE, size=n) * um
+
+
+def _ring_nuclei(
+    n_nuclei: int, radius: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nuclei along a wobbly closed curve: offsets [n, n_nuclei, 2] and orientations (radial) [n, n_nuclei]."""
+    n = len(radius)
+    turn = rng.uniform(0, 2 * np.pi, (n, 1))
+    angle = (
+        turn + (np.arange(n_nuclei)[None] + rng.uniform(-0.18, 0.18, (n, n_nuclei))) * 2 * np.pi / n_nuclei
+    )
+    squeeze, axis = rng.uniform(0.0, 0.16, (n, 1)), rng.uniform(0, np.pi, (n, 1))
+    r = radius[:, None] * (1 + squeeze * np.cos(2 * (angle - axis))) * rng.uniform(0.94, 1.06, (n, n_nuclei))
+    return np.stack([r * np.cos(angle), r * np.sin(angle)], -1), angle
+
+
+def _solid_nuclei(
+    n_nuclei: int, radius: NDArray[np.float64], hole: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nuclei packed over a disc but for a hole of `hole` radii: offsets [n, n_nuclei, 2], orientations [n, n_nuclei].
+
+    A sunflower (golden angle) packing is even without any search.
+    """
+    n = len(radius)
+    golden = np.pi * (3 - np.sqrt(5))
+    index = np.arange(n_nuclei)[None] + 0.5
+    r = np.sqrt(hole**2 + (1.12**2 - hole**2) * index / n_nuclei) * radius[:, None]
+    angle = rng.uniform(0, 2 * np.pi, (n, 1)) + index * golden
+    offset = np.stack([r * np.cos(angle), r * np.sin(angle)], -1)
+    offset = offset + rng.normal(0, 0.045, offset.shape) * radius[:, None, None]
+    return offset, rng.uniform(0, np.pi, (n, n_nuclei))
+
+
+def _gland_eosin(radius: float, half: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Pale lumen, pink apical cytoplasm and a thin basement line; zero-sum pattern [s, s]."""
+    y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
+    r = np.hypot(x, y) * (1 + 0.10 * np.cos(2 * (np.arctan2(y, x) - rng.uniform(0, np.pi))))
+    lumen = np.clip((0.56 - r) * 7, 0, 1)
+    cytoplasm = np.exp(-(((r - 0.74) / 0.16) ** 2)) + 0.7 * np.exp(-(((r - 1.34) / 0.10) ** 2))
+    return cytoplasm * (1 - lumen) - lumen
+
+
+def _nest_eosin(radius: float, half: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Concentric keratin whorl in the centre and a pale cleft around the nest; zero-sum pattern [s, s]."""
+    y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
+    r = np.hypot(x - rng.uniform(-0.08, 0.08), y - rng.uniform(-0.08, 0.08))
+    whorl = np.clip((0.46 - r) * 7, 0, 1) * (0.75 + 0.5 * np.cos(r * 2 * np.pi / 0.23))
+    cleft = np.exp(-(((r - 1.42) / 0.11) ** 2))
+    return whorl - cleft * (whorl <= 0)
+
+
+def _paint_tumour(
+    haematoxylin: FloatImage,
+    eosin: FloatImage,
+    centres: NDArray[np.float64],
+    spec: TissueSpec,
+    um: float,
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """Paints every structure of the tumour focus; returns them as (x, y, radius) [n, 3]."""
+    n = len(centres)
+    radius = _radii(n, um, rng)
+    glandular = spec.subtype == "glandular"
+    if glandular:
+        offset, orientation = _ring_nuclei(_NUCLEI_PER_STRUCTURE, radius, rng)
+    else:
+        offset, orientation = _solid_nuclei(_NUCLEI_PER_STRUCTURE, radius, 0.5, rng)
+    if spec.contrast < 1:  # blend towards scattered nuclei, which both subtypes share
+        scattered = rng.uniform(-1.2, 1.2, offset.shape) * radius[:, None, None]
+        offset = spec.contrast * offset + (1 - spec.contrast) * scattered
+
+    half = int(np.ceil(1.8 * _RADIUS_RANGE[1] * um))
+    pattern = _gland_eosin if glandular else _nest_eosin
+    variants = [
+        _zero_sum(pattern(r, half, rng), 7.0 * um * spec.contrast)
+        for r in np.linspace(*_RADIUS_RANGE, 6) * um
+    ]
+    which = np.clip(np.searchsorted(np.linspace(*_RADIUS_RANGE, 6) * um, radius), 0, 5)
+    _add(eosin, np.stack(variants).astype(np.float32), which, centres)
+
+    points = (centres[:, None] + offset).reshape(-1, 2)
+    bins = 12
+    per_bin = 6
+    turns = np.repeat(np.arange(bins) * np.pi / bins, per_bin)
+    size = 8.2 * um * spec.nuclear_scale * np.exp(rng.normal(0, spec.pleomorphism, bins * per_bin))
+    dark = 1.0 * np.exp(rng.normal(0, 0.6 * spec.pleomorphism, bins * per_bin))
+    stamps = _nucleus_stamps(size * 1.14, size * 0.88, turns, dark, 0.8, rng)
+    slot = np.floor((orientation.reshape(-1) % np.pi) / np.pi * bins).astype(np.int64) % bins
+    _place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
+    return np.concatenate([centres, radius[:, None] * 1.2], axis=1)
+
+
+def _paint_benign(
+    haematoxylin: FloatImage,
+    eosin: FloatImage,
+    centres: NDArray[np.float64],
+    um: float,
+    rng: np.random.Generator,
+) -> None:
+    """Vessels (thin rings of flat nuclei round red cells) and lymphoid clusters (solid, small, dark), half and half.
+
+    Both look a little like one of the tumour patterns, so "any ring" or "any cluster" does not solve the task.
+    """
+    vessel = rng.random(len(centres)) < 0.5
+    radius = _radii(len(centres), um, rng)
+
+    ring = centres[vessel]
+    if len(ring):
+        offset, angle = _ring_nuclei(13, radius[vessel] * 0.95, rng)
+        bins = 12
+        turns = np.arange(bins) * np.pi / bins
+        stamps = _nucleus_stamps(
+            np.full(bins, 10.5 * um), np.full(bins, 4.2 * um), turns, np.full(bins, 1.1), 0.3, rng
+        )
+        slot = np.floor(((angle.reshape(-1) + np.pi / 2) % np.pi) / np.pi * bins).astype(np.int64) % bins
+        _place(haematoxylin, stamps, slot, (ring[:, None] + offset).reshape(-1, 2))
+        half = int(np.ceil(1.8 * _RADIUS_RANGE[1] * um))
+        y, x = np.mgrid[-half : half + 1, -half : half + 1] / (17.0 * um)
+        r = np.hypot(x, y)
+        cells = np.clip(np.cos(x * 11) * np.cos(y * 11) * 2, 0, 1) * (r < 0.62)
+        wall = np.exp(-(((r - 1.25) / 0.14) ** 2))
+        pattern = _zero_sum(1.3 * cells + 0.6 * wall - ((r < 0.75) & (cells <= 0)), 6.0 * um)
+        _add(eosin, pattern[None].astype(np.float32), np.zeros(len(ring), dtype=np.int64), ring)
+
+    cluster = centres[~vessel]
+    if len(cluster):
+        offset, _ = _solid_nuclei(26, radius[~vessel] * 1.05, 0.0, rng)
+        n_stamps = 24
+        size = 6.3 * um * np.exp(rng.normal(0, 0.06, n_stamps))
+        turns = rng.uniform(0, np.pi, n_stamps)
+        stamps = _nucleus_stamps(size * 1.04, size * 0.96, turns, np.full(n_stamps, 1.25), 0.25, rng)
+        points = (cluster[:, None] + offset).reshape(-1, 2)
+        _place(haematoxylin, stamps, rng.integers(n_stamps, size=len(points)), points)
+
+
+def _paint_stromal_nuclei(
+    haematoxylin: FloatImage,
+    inside: NDArray[np.bool_],
+    occupied: NDArray[np.float64],
+    angle: FloatImage,
+    um: float,
+    rng: np.random.Generator,
+) -> None:
+    """Spindle nuclei along the fibres and a few lymphocytes, everywhere in the tissue except inside structures."""
+    height, width = inside.shape
+    n = rng.poisson(inside.sum() / um**2 * 1e-6 * _STROMAL_NUCLEI_PER_MM2 * rng.uniform(0.8, 1.2))
+    ys, xs = np.nonzero(inside[::4, ::4])
+    pick = rng.integers(len(ys), size=n) if len(ys) else np.zeros(0, dtype=np.int64)
+    points = np.stack([xs[pick] * 4, ys[pick] * 4], -1) + rng.uniform(0, 4, (len(pick), 2))
+    free = np.ones((height // 4 + 1, width // 4 + 1), dtype=bool)
+    reach = int(np.ceil(1.35 * _RADIUS_RANGE[1] * um / 4))
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disc = np.stack([dx, dy], -1)[np.hypot(dx, dy) <= reach]
+    blocked = (occupied[:, None] // 4).astype(np.int64) + disc[None]
+    ok = (blocked >= 0).all(-1) & (blocked[..., 0] < free.shape[1]) & (blocked[..., 1] < free.shape[0])
+    free[blocked[..., 1][ok], blocked[..., 0][ok]] = False
+    cell = np.clip((points // 4).astype(np.int64), 0, [free.shape[1] - 1, free.shape[0] - 1])
+    points = points[free[cell[:, 1], cell[:, 0]]]
+
+    bins, per_bin = 12, 4
+    turns = np.repeat(np.arange(bins) * np.pi / bins, per_bin)
+    size = 10.5 * um * np.exp(rng.normal(0, 0.15, bins * per_bin))
+    spindle = _nucleus_stamps(size, size * 0.38, turns, np.full(bins * per_bin, 1.0), 0.4, rng)
+    round_cells = _nucleus_stamps(
+        np.full(8, 6.2 * um), np.full(8, 5.8 * um), np.zeros(8), np.full(8, 1.2), 0.25, rng
+    )
+    is_round = rng.random(len(points)) < 0.2
+    at = points[~is_round].astype(np.int64)
+    local = angle[np.clip(at[:, 1], 0, height - 1), np.clip(at[:, 0], 0, width - 1)] + rng.normal(
+        0, 0.3, len(at)
+    )
+    slot = np.floor((local % np.pi) / np.pi * bins).astype(np.int64) % bins
+    _place(haematoxylin, spindle, slot * per_bin + rng.integers(per_bin, size=len(at)), points[~is_round])
+    _place(haematoxylin, round_cells, rng.integers(8, size=int(is_round.sum())), points[is_round])
+
+
+# ---------------------------------------------------------------------------------------------------- colour
+
+
+def _stain(
+    haematoxylin: FloatImage, eosin: FloatImage, tissue: FloatImage, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Beer-Lambert colour with per-slide stain vectors, strengths, brightness and white balance: uint8 [h, w, 3]."""
+    h_vector = np.clip(_HAEMATOXYLIN + rng.normal(0, 0.035, 3), 0.02, None) * np.exp(rng.normal(0, 0.14))
+    e_vector = np.clip(_EOSIN + rng.normal(0, 0.03, 3), 0.02, None) * np.exp(rng.normal(0, 0.16))
+    white = np.clip(rng.uniform(232, 250) + rng.normal(0, 2.5, 3), 0, 255)
+    h_map = np.clip(haematoxylin, 0, None) * tissue
+    e_map = np.clip(eosin, 0, None) * tissue
+    grain = rng.standard_normal(tissue.shape, dtype=np.float32) * np.float32(1.6)
+    pixels = np.empty((*tissue.shape, 3), dtype=np.uint8)
+    for channel in range(3):
+        density = h_map * np.float32(1.05 * h_vector[channel]) + e_map * np.float32(e_vector[channel])
+        value = np.exp(-density) * np.float32(white[channel]) + grain
+        pixels[..., channel] = np.clip(value, 0, 255).astype(np.uint8)
+    return pixels
