@@ -1,9 +1,9 @@
-"""Shared by every test: the Triton interpreter where there is no GPU, poisoned allocations, seeds, real data."""
+"""Shared by every test: the Triton interpreter without a GPU, poisoned allocations, seeds, real data."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,7 @@ _ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(
-        reason="needs a CUDA device and torch sees none (benchmarks/gpu.sh runs these tests)"
-    )
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none (benchmarks/gpu.sh runs it)")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
@@ -46,15 +44,14 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is often zero, which hides a result that was never written: here it is NaN or the largest int."""
+    """Fresh memory is often zero, which hides what was never written: here it is NaN or the largest int."""
     for owner, name in _ALLOCATORS:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture
