@@ -1,0 +1,53 @@
+"""``dre-fast encode``: slide embeddings of any cohort with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "encode",
+        help="slide embeddings and predictions of a cohort, to safetensors or h5",
+        description="Encode every tile of every slide with a trained model; write slide embeddings, projections into "
+        "the report space and task logits.",
+        epilog="example: dre-fast encode runs/a --cohort new.csv --tiles tiles --out new.safetensors",
+    )
+    parser.add_argument("model", help="run folder, or a .safetensors model file")
+    parser.add_argument("--cohort", required=True, help="cohort CSV; labels and splits are not needed")
+    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    parser.add_argument("--out", required=True, help="output file, .safetensors or .h5")
+    parser.add_argument("--split", help="only the slides of this split")
+    parser.add_argument("--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array")
+    parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--chunk", type=int, default=256, help="tiles encoded at once")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast dtype")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import contextlib
+
+    import torch
+
+    from dre_fast.data.cohort import Cohort
+    from dre_fast.train.build import slide_set
+    from dre_fast.train.inference import encode_slides, load_run
+    from dre_fast.train.loop import pick_device
+
+    if args.chunk < 1:
+        raise ValueError("--chunk must be at least 1")
+    device = pick_device(args.device)
+    loaded = load_run(args.model, device)
+    cohort = Cohort.read(args.cohort).subset(args.split)
+    slides = slide_set(cohort, cohort.records, args.tiles, backend=args.backend, mpp=args.mpp)
+
+    def autocast() -> contextlib.AbstractContextManager:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+    encoded = encode_slides(loaded.model, slides, loaded.tasks, chunk=args.chunk, autocast=autocast)
+    encoded.save(args.out)
+    print(f"{len(slides)} slides, {sum(slides.tiles)} tiles -> {args.out}")
+    return 0

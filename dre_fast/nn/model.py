@@ -1,0 +1,143 @@
+"""DRE-SLCL: tile encoder, memory bank, residual encoding, slide encoder and heads in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dre_fast.nn.bank import MemoryBank
+from dre_fast.nn.encoding import residual_encode
+from dre_fast.nn.slide_encoder import SlideEncoder
+from dre_fast.reference.encode import l2_normalize, normalize_residuals
+
+
+@dataclass
+class SlideOutput:
+    """What a batch of B slides becomes.
+
+    ``embedding`` [B, width]; ``report`` [B, T], the projection into the report space, or None without one;
+    ``logits`` task name -> [B, C]; ``residuals`` V [B, K, D], un-normalised; ``live`` [B, m, D], the L2-normalised
+    features of the live tiles (with gradient), None at inference.
+    """
+
+    embedding: Tensor
+    report: Tensor | None
+    logits: dict[str, Tensor]
+    residuals: Tensor
+    live: Tensor | None = None
+
+
+class DRESLCL(nn.Module):
+    """The whole slide model of DRE-SLCL (arXiv 2511.05034): ``forward`` trains it, ``encode_bags`` applies it.
+
+    Args:
+        tile_encoder: any module [*, 3, H, W] -> [*, D].
+        bank: the :class:`~dre_fast.MemoryBank` of the training slides, with its codebook; a bank of no slides is
+            enough for inference.
+        slide_encoder: :class:`~dre_fast.SlideEncoder` for the same K and D.
+        tasks: supervised heads, task name -> number of logits. May be empty.
+        memory: ``"full"`` (every written row of the slide, through its running sums), an int r (r rows retrieved from
+            the bank, the paper's mode) or ``"none"`` (live tiles only).
+        grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = n_s/m, or a float.
+        normalize: normalisations of V in the order intra, power, l2.
+
+    Raises:
+        ValueError: the parts disagree on D or K, or ``grad_scale`` is not one of the above.
+    """
+
+    def __init__(
+        self,
+        tile_encoder: nn.Module,
+        bank: MemoryBank,
+        slide_encoder: SlideEncoder,
+        *,
+        tasks: Mapping[str, int] | None = None,
+        memory: str | int = "full",
+        grad_scale: str | float = "none",
+        normalize: Sequence[str] = ("intra", "l2"),
+    ) -> None:
+        super().__init__()
+        if bank.dim != slide_encoder.dim:
+            raise ValueError(f"DRESLCL: bank has D={bank.dim}, slide encoder D={slide_encoder.dim}")
+        if grad_scale not in ("none", "unbiased") and not isinstance(grad_scale, (int, float)):
+            raise ValueError(
+                f"DRESLCL: grad_scale must be 'none', 'unbiased' or a number, got {grad_scale!r}"
+            )
+        self.tile_encoder = tile_encoder
+        self.bank = bank
+        self.slide_encoder = slide_encoder
+        self.heads = nn.ModuleDict({name: nn.Linear(slide_encoder.width, n) for name, n in (tasks or {}).items()})
+        self.memory = memory
+        self.grad_scale = grad_scale
+        self.normalize = tuple(normalize)
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codebook C [K, D], fp32."""
+        return self.bank.codebook
+
+    def encode_tiles(self, images: Tensor) -> Tensor:
+        """Images [R, 3, H, W] (uint8, or float in [0, 1]) -> L2-normalised fp32 features [R, D].
+
+        Raises:
+            ValueError: the tile encoder does not return [R, D].
+        """
+        features = self.tile_encoder(images)
+        if features.shape != (images.shape[0], self.bank.dim):
+            raise ValueError(
+                f"DRESLCL: the tile encoder returned {tuple(features.shape)} for {images.shape[0]} tiles; "
+                f"expected {(images.shape[0], self.bank.dim)}"
+            )
+        return l2_normalize(features.float())
+
+    def forward(
+        self, images: Tensor, slides: Tensor, tiles: Tensor, *, visit: Tensor | int = 0, seed: int = 0
+    ) -> SlideOutput:
+        """One training forward: the live tiles with gradient, the other rows of each slide from the bank.
+
+        Args:
+            images: live tiles [B, m, 3, H, W], uint8 or float in [0, 1].
+            slides: int64 [B], slide ids in the bank.
+            tiles: int64 [B, m], tile ids of the live tiles; -1 marks an unused slot (slide smaller than m).
+            visit: visit number of the slides, int or int64 [B]; with ``seed`` it fixes the rows retrieved when
+                ``memory`` is an int, so that they never overlap the live ones. Unused otherwise.
+            seed: seed of the sampling permutation.
+        """
+        b, m = tiles.shape
+        live = rearrange(self.encode_tiles(rearrange(images, "b m ... -> (b m) ...")), "(b m) d -> b m d", b=b)
+        scaled = self._scale_gradient(live, slides, tiles)
+        residuals = self.bank.encode(slides, tiles, scaled, memory=self.memory, cycle=visit, seed=seed)
+        out = self.represent(residuals)
+        out.live = live
+        return out
+
+    def _scale_gradient(self, live: Tensor, slides: Tensor, tiles: Tensor) -> Tensor:
+        if self.grad_scale == "none":
+            return live
+        if self.grad_scale == "unbiased":
+            used = (tiles >= 0).sum(1).clamp(min=1)
+            factor = (self.bank.length[slides] / used).to(live.dtype)[:, None, None]
+        else:
+            factor = torch.tensor(float(self.grad_scale), dtype=live.dtype, device=live.device)
+        return live.detach() + (live - live.detach()) * factor  # the value stays exact, the gradient is scaled
+
+    def represent(self, residuals: Tensor) -> SlideOutput:
+        """Un-normalised residuals V [B, K, D] -> :class:`SlideOutput`."""
+        embedding = self.slide_encoder(normalize_residuals(residuals, self.normalize))
+        report = self.slide_encoder.project(embedding) if self.slide_encoder.report_dim else None
+        logits = {name: head(embedding) for name, head in self.heads.items()}
+        return SlideOutput(embedding, report, logits, residuals)
+
+    def encode_bags(self, features: Tensor, cu_seqlens: Tensor | None = None) -> SlideOutput:
+        """Inference on all rows of each slide; the bank is not used, only its codebook.
+
+        Args:
+            features: [N, D] rows of B ragged bags (L2-normalised here), e.g. ``encode_tiles`` of every tile.
+            cu_seqlens: int [B+1] row offsets; ``None`` means one bag.
+        """
+        rows = l2_normalize(features.float())
+        return self.represent(residual_encode(rows, self.codebook, cu_seqlens=cu_seqlens))

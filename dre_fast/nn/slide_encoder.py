@@ -1,0 +1,82 @@
+"""From the K residual tokens of a slide to its embedding (DRE-SLCL, arXiv 2511.05034: transformer over residual codes)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+
+class SlideEncoder(nn.Module):
+    """Residual tokens -> transformer -> slide embedding -> projection into the report space.
+
+    The K normalised residuals ``V_k`` of a slide are tokens. Each is projected to ``width``, told which codeword it
+    belongs to by a learned embedding, and read by a pre-norm transformer with one class token, whose final state is
+    the slide embedding h. A linear layer projects h to the dimension of the report embeddings.
+
+    Args:
+        dim: D, the feature dimension of the tile encoder.
+        codewords: K, the number of codewords.
+        width: width of the transformer and of the slide embedding.
+        depth: transformer layers.
+        heads: attention heads; must divide ``width``.
+        report_dim: T, dimension of the report embeddings; ``None`` leaves the projection out.
+        dropout: dropout inside the transformer, in [0, 1).
+
+    Shapes:
+        ``forward(residuals)``: ``residuals`` [B, K, D] (any float dtype) -> h [B, width], fp32 outside autocast.
+        ``project(h)``: [B, width] -> [B, T].
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``, the input is not [B, K, D], or ``project`` is called on an
+            encoder built without ``report_dim``.
+
+    Source: DRE-SLCL, arXiv 2511.05034 ("a small transformer over the residual tokens, then a linear projection").
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codewords: int,
+        *,
+        width: int = 256,
+        depth: int = 2,
+        heads: int = 4,
+        report_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"SlideEncoder: width {width} is not divisible by heads {heads}")
+        self.dim, self.codewords, self.width, self.report_dim = dim, codewords, width, report_dim
+        self.tokens = nn.Linear(dim, width)
+        self.codeword = nn.Parameter(torch.randn(codewords, width) * 0.02)
+        self.cls = nn.Parameter(torch.randn(width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerEncoder(
+            layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.projection = nn.Linear(width, report_dim) if report_dim else None
+
+    def forward(self, residuals: Tensor) -> Tensor:
+        if residuals.dim() != 3 or residuals.shape[1:] != (self.codewords, self.dim):
+            raise ValueError(
+                f"SlideEncoder: residuals must be [B, {self.codewords}, {self.dim}], got {tuple(residuals.shape)}"
+            )
+        # After intra + global L2 a token has norm ~ K^-1/2; bring its entries to unit variance. Empty codewords stay zero.
+        scaled = residuals.to(self.tokens.weight.dtype) * math.sqrt(self.codewords * self.dim)
+        tokens = self.tokens(scaled) + self.codeword
+        cls = repeat(self.cls, "w -> b 1 w", b=residuals.shape[0])
+        return self.transformer(torch.cat([cls.to(tokens.dtype), tokens], dim=1))[:, 0]
+
+    def project(self, embedding: Tensor) -> Tensor:
+        """Slide embedding [B, width] -> report space [B, T]."""
+        if self.projection is None:
+            raise ValueError(
+                "SlideEncoder: built without report_dim, so there is no projection into a report space"
+            )
+        return self.projection(embedding)

@@ -1,0 +1,1 @@
+"""Training: one typed config, one readable loop."""

@@ -1,0 +1,82 @@
+"""Which tiles go live in a step, read ahead and augmented, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dre_fast.data.tiles import TileReader
+from dre_fast.nn.bank import MemoryBank
+
+
+@dataclass
+class Batch:
+    """``slides`` int64 [B] (bank ids), ``tiles`` int64 [B, m] (-1 = unused slot), ``images`` uint8 [B, m, 3, P, P]."""
+
+    slides: Tensor
+    tiles: Tensor
+    images: Tensor
+
+
+class _LiveTiles(Dataset[Tensor]):
+    def __init__(self, reader: TileReader, slides: Tensor, tiles: Tensor, augment_key: int | None) -> None:
+        self.reader, self.slides, self.tiles, self.augment_key = reader, slides, tiles, augment_key
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __getitem__(self, index: int) -> Tensor:
+        slide = int(self.slides[index])
+        images = self.reader.read(slide, self.tiles[index])
+        if self.augment_key is not None:
+            generator = torch.Generator().manual_seed((self.augment_key * 1_000_003 + slide) % 2**63)
+            images = turn_and_flip(images, generator)
+        return images
+
+
+def turn_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the 8 symmetries of the square for each tile; tissue has no up. [m, 3, P, P] -> the same shape."""
+    choice = torch.randint(8, (len(images),), generator=generator)
+    out = images.clone()
+    for symmetry in range(1, 8):
+        picked = choice == symmetry
+        turned = torch.rot90(images[picked], symmetry % 4, dims=(2, 3))
+        out[picked] = turned.flip(3) if symmetry >= 4 else turned
+    return out
+
+
+def epoch_order(slides: int, seed: int, epoch: int) -> Tensor:
+    """Order of the slides in an epoch, int64 [slides]: a function of (seed, epoch) alone."""
+    return torch.randperm(slides, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+
+def epoch_batches(
+    bank: MemoryBank,
+    reader: TileReader,
+    *,
+    epoch: int,
+    live: int,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    augment: bool = True,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Batches of an epoch from batch ``start`` on; every slide is visited once, its live tiles by permutation."""
+    order = epoch_order(bank.num_slides, seed, epoch)[start * batch_size :]
+    tiles = bank.sample(order.to(bank.start.device), live, cycle=epoch, seed=seed).cpu()
+    dataset = _LiveTiles(reader, order, tiles, seed * 100_003 + epoch if augment else None)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        # its own generator: the loader must not draw from the global one, whose state a checkpoint records
+        generator=torch.Generator().manual_seed(seed),
+    )
+    for i, images in enumerate(loader):
+        rows = slice(i * batch_size, i * batch_size + len(images))
+        yield Batch(order[rows], tiles[rows], images)

@@ -1,0 +1,145 @@
+"""From a config to the parts of a run: cohort, tile readers, reports, tasks, model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dre_fast.data.cohort import Cohort, SlideRecord, Task
+from dre_fast.data.coords import read_coords
+from dre_fast.data.reports import ReportEmbeddings
+from dre_fast.data.tiles import TileReader
+from dre_fast.nn.bank import MemoryBank
+from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.slide_encoder import SlideEncoder
+from dre_fast.nn.tile_encoders import build_tile_encoder, load_hipt_checkpoint
+from dre_fast.train.config import Config
+
+
+@dataclass
+class SlideSet:
+    """The slides of one split: records, a reader of their tiles, targets per task, rows into the report matrix."""
+
+    records: list[SlideRecord]
+    reader: TileReader
+    targets: dict[str, Tensor]  # task -> int64 [S] (-1 missing) or float [S, L] (NaN missing)
+    report_rows: Tensor  # int64 [S], row of the slide's report, -1 = none
+    tiles: list[int] = field(default_factory=list)  # tiles per slide
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass
+class Reports:
+    """Report embeddings of the cohort: ``matrix`` fp32 [M, T] and the case of each row."""
+
+    matrix: Tensor
+    row_of_case: dict[str, int]
+
+
+def slide_set(
+    cohort: Cohort,
+    records: Sequence[SlideRecord],
+    tiles_dir: str | Path,
+    tasks: Sequence[Task] = (),
+    reports: Reports | None = None,
+    *,
+    backend: str = "auto",
+    mpp: float | None = None,
+    max_open: int = 8,
+    cache: str | Path | None = None,
+) -> SlideSet:
+    """Open the tiles of some records of a cohort.
+
+    Raises:
+        ValueError: a slide has no coordinate file in ``tiles_dir``; the message names the slide and the file.
+    """
+    tilings = []
+    for record in records:
+        file = Path(tiles_dir) / f"{record.slide_id}.h5"
+        if not file.exists():
+            raise ValueError(
+                f"slide {record.slide_id}: no tile coordinates at {file}; run `dre-fast tile` on the cohort first"
+            )
+        tilings.append(read_coords(file))
+    paths = [record.path for record in records if record.path is not None]
+    if len(paths) != len(records):
+        missing = next(record.slide_id for record in records if record.path is None)
+        raise ValueError(f"slide {missing}: the cohort gives no path, but its tiles are to be read")
+    reader = TileReader(paths, tilings, backend=backend, max_open=max_open, mpp=mpp)
+    if cache is not None:
+        reader = reader.cached(cache)
+    rows = [reports.row_of_case.get(r.case_id, -1) if reports else -1 for r in records]
+    return SlideSet(
+        list(records),
+        reader,
+        {task.name: cohort.encode(task, records) for task in tasks},
+        torch.tensor(rows, dtype=torch.int64),
+        [len(tiling.coords) for tiling in tilings],
+    )
+
+
+def load_reports(path: str | Path | None) -> Reports | None:
+    """Read the embeddings that ``dre-fast embed-reports`` wrote."""
+    if path is None:
+        return None
+    embedded = ReportEmbeddings.load(path)
+    return Reports(embedded.matrix, {case: row for row, case in enumerate(embedded.case_ids)})
+
+
+def build_model(
+    config: Config, bank_tiles: Sequence[int], report_dim: int | None, task_sizes: dict[str, int]
+) -> DRESLCL:
+    """The model of a config. ``bank_tiles``: tiles per training slide, empty for inference."""
+    encoder = build_tile_encoder(config.model.encoder, **config.model.encoder_args)
+    if config.model.encoder_weights:
+        load_hipt_checkpoint(encoder, config.model.encoder_weights)
+    dim = encoder.dim
+    assert isinstance(dim, int)
+    memory = config.memory
+    return DRESLCL(
+        encoder,
+        MemoryBank(list(bank_tiles), dim, dtype=memory.dtype),
+        SlideEncoder(
+            dim,
+            config.model.codewords,
+            width=config.model.width,
+            depth=config.model.depth,
+            heads=config.model.heads,
+            report_dim=report_dim,
+            dropout=config.model.dropout,
+        ),
+        tasks=task_sizes,
+        memory=memory.retrieved if memory.mode == "sampled" else memory.mode,
+        grad_scale=memory.grad_scale,
+        normalize=config.model.normalize,
+    )
+
+
+def task_card(task: Task) -> dict[str, Any]:
+    """What a saved model or prediction file says of a task."""
+    return {"kind": task.kind, "classes": list(task.classes), "columns": list(task.columns)}
+
+
+def parameter_groups(model: DRESLCL, loss: nn.Module, lr: float, encoder_scale: float, decay: float) -> list[dict]:
+    """AdamW groups: encoder and the rest, each with and without weight decay (none on vectors and scalars)."""
+    encoder = {id(p) for p in model.tile_encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in [*model.parameters(), *loss.parameters()]:
+        groups.setdefault((id(parameter) in encoder, parameter.dim() > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "base_lr": lr * (encoder_scale if of_encoder else 1.0),
+            "lr": lr,
+            "weight_decay": decay if decays else 0.0,
+            "encoder": of_encoder,
+        }
+        for (of_encoder, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

@@ -1,0 +1,273 @@
+"""The typed configuration of a run: defaults here, YAML on top, ``key.sub=value`` on the command line on top of that."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dre_fast.data.files import write_text_atomic
+
+
+class ConfigError(ValueError):
+    """An unknown key, or a value of the wrong type, in a config; the message names the key."""
+
+
+@dataclass
+class TaskConfig:
+    """One supervised task. ``columns`` are label columns of the cohort (default: the task's name)."""
+
+    name: str = ""
+    kind: str = "multiclass"  # multiclass | binary | multilabel
+    columns: list[str] = field(default_factory=list)
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    cohort: str = ""  # cohort CSV
+    tiles: str = ""  # folder of coordinate files written by `dre-fast tile`
+    reports: str | None = None  # safetensors written by `dre-fast embed-reports`
+    backend: str = "auto"  # auto | openslide | cucim | images | array
+    mpp: float | None = None  # um/px of slides that do not say
+    workers: int = 0  # processes that read tiles ahead
+    max_open: int = 8  # slide handles open at once in each worker
+    cache: str | None = None  # file that holds every tile decoded once (uint8), made on first use
+    augment: bool = True  # flips and quarter turns of the live tiles
+    train_split: str | None = "train"  # null: the whole cohort
+    val_split: str | None = "val"  # null: no validation
+
+
+@dataclass
+class ModelConfig:
+    encoder: str = "vit-s16"  # conv-tiny | vit-tiny | vit-s16 | timm:NAME | hf:NAME
+    encoder_args: dict[str, Any] = field(default_factory=dict)
+    encoder_weights: str | None = None  # HIPT / DINO checkpoint for vit-s16
+    codewords: int = 64
+    normalize: list[str] = field(default_factory=lambda: ["intra", "l2"])
+    width: int = 256
+    depth: int = 2
+    heads: int = 4
+    dropout: float = 0.0
+
+
+@dataclass
+class MemoryConfig:
+    dtype: str = "int8"  # int8 | bfloat16 | float16 | float32 | float8_e4m3fn
+    mode: str = "full"  # full | sampled | none
+    live: int = 32  # m, tiles per slide with gradient
+    retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
+    grad_scale: str | float = "none"  # none | unbiased | a number
+    refit_every: int = 1  # epochs between warm-started codebook fits; 0: fit once
+    kmeans_iterations: int = 10
+
+
+@dataclass
+class LossConfig:
+    contrastive: str | None = "infonce"  # infonce | siglip | null
+    negatives: str = "batch"  # batch | all
+    contrastive_weight: float = 1.0
+    tasks: list[TaskConfig] = field(default_factory=list)
+
+
+@dataclass
+class OptimConfig:
+    epochs: int = 50
+    batch_size: int = 16  # slides per step
+    lr: float = 1e-3
+    encoder_lr_scale: float = 0.1  # encoder rate = lr * this; the encoder must move slowly
+    freeze_encoder: bool = False
+    head_warmup_epochs: int = 1  # epochs at the start in which the encoder does not move
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # 0: off
+    amp: str = "none"  # none | bf16 | fp16 (fp16 needs a GPU)
+
+
+@dataclass
+class RunConfig:
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int = 0  # CPU threads, 0: torch's own choice
+    checkpoint_every: int = 50  # steps between checkpoints; one more at the end of every epoch
+    validate_every: int = 1  # epochs
+    encode_chunk: int = 256  # tiles encoded at once without gradient
+    tensorboard: bool = True
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Saved resolved as ``config.yaml`` in the run's folder."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self) -> Config:
+        """Check values across fields; return self.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none"))
+        _one_of("loss.contrastive", self.loss.contrastive, ("infonce", "siglip", None))
+        _one_of("loss.negatives", self.loss.negatives, ("batch", "all"))
+        _one_of("optim.amp", self.optim.amp, ("none", "bf16", "fp16"))
+        if isinstance(self.memory.grad_scale, str):
+            _one_of("memory.grad_scale", self.memory.grad_scale, ("none", "unbiased"))
+        for key in (
+            "model.codewords",
+            "memory.live",
+            "optim.epochs",
+            "optim.batch_size",
+            "run.encode_chunk",
+            "run.checkpoint_every",
+            "run.validate_every",
+            "data.max_open",
+        ):
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) < 1:
+                raise ConfigError(f"{key} must be at least 1")
+        if self.optim.lr <= 0 or self.optim.encoder_lr_scale < 0:
+            raise ConfigError("optim.lr must be > 0 and optim.encoder_lr_scale >= 0")
+        if not self.data.cohort:
+            raise ConfigError("data.cohort is not set: the cohort CSV")
+        if not self.data.tiles:
+            raise ConfigError("data.tiles is not set: the folder that `dre-fast tile` wrote")
+        if self.loss.contrastive and not self.data.reports:
+            raise ConfigError(
+                "loss.contrastive needs data.reports (a file from `dre-fast embed-reports`); "
+                "set loss.contrastive=null to train on labels alone"
+            )
+        if not self.loss.contrastive and not self.loss.tasks:
+            raise ConfigError("nothing to train on: set loss.contrastive, loss.tasks or both")
+        names = [task.name for task in self.loss.tasks]
+        if len(set(names)) != len(names) or "" in names:
+            raise ConfigError(f"loss.tasks: every task needs a name of its own, got {names}")
+        for task in self.loss.tasks:
+            _one_of(f"loss.tasks[{task.name}].kind", task.kind, ("multiclass", "binary", "multilabel"))
+        return self
+
+
+def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        shown = ", ".join("null" if a is None else str(a) for a in allowed)
+        raise ConfigError(f"{key}={value!r}: must be one of {shown}")
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Defaults <- YAML file <- ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, or unreadable YAML.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    try:
+        if path is not None:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        for item in overrides:
+            key, equals, text = item.partition("=")
+            if not equals:
+                raise ConfigError(f"override {item!r}: expected section.key=value")
+            value = yaml.safe_load(text)
+            if isinstance(value, str) and _is_number(value):
+                value = float(value)  # YAML 1.1 reads 1e-3 as a string
+            _put(tree, key.strip().split("."), value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path or 'override'}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections data, model, memory, loss, optim, run")
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """A config from nested dicts, as ``dataclasses.asdict`` gives them; missing keys take their defaults.
+
+    Raises:
+        ConfigError: unknown key or wrong type; names the key.
+    """
+    return _build(Config, tree, "")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML, atomically."""
+    import yaml
+
+    write_text_atomic(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(keys[: depth + 1])} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    """A dataclass from a nested dict, every key and type checked."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'config'}: expected keys and values, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown config key {name!r}{hint}")
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, name)
+            except ConfigError:
+                continue
+    elif origin is list:
+        if isinstance(value, (list, tuple)):
+            return [_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return dict(value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str) and _is_number(value):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif isinstance(value, hint):
+        return value
+    kind = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{name}={value!r}: expected {kind}")

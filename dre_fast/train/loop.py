@@ -1,0 +1,420 @@
+"""The training loop of DRE-SLCL, top to bottom: pre-fill, codebook, steps with write-back, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dre_fast.codebook import fit_codebook
+from dre_fast.data.cohort import Cohort, Task
+from dre_fast.nn.loss import SlideReportLoss
+from dre_fast.nn.model import SlideOutput
+from dre_fast.nn.supervised import supervised_loss
+from dre_fast.progress import progress
+from dre_fast.train import state as on_disk
+from dre_fast.train.batches import Batch, epoch_batches
+from dre_fast.train.build import (
+    SlideSet,
+    build_model,
+    load_reports,
+    parameter_groups,
+    slide_set,
+    task_card,
+)
+from dre_fast.train.config import Config, load_config, save_config
+from dre_fast.train.inference import encode_tiles_of, validate
+
+Metrics = dict[str, float | int | str | None]
+
+
+class Trainer:
+    """One run in one folder. ``fit()`` trains, or resumes where the last checkpoint stands.
+
+    Args:
+        config: validated configuration; written resolved to ``out/config.yaml``.
+        out: folder of the run. Files: config.yaml, metrics.jsonl, last.pt (checkpoint), best.safetensors (model),
+            tensorboard/.
+        resume: go on from ``out/last.pt`` (from the start when there is no checkpoint yet). Without it a folder that
+            already holds a run is refused.
+
+    Raises:
+        ValueError: bad config, cohort, tiles or reports (named); the folder holds a run and ``resume`` is False; the
+            config of the run differs from the one given.
+    """
+
+    def __init__(self, config: Config, out: str | Path, *, resume: bool = False) -> None:
+        self.config = config.validate()
+        self.out = Path(out)
+        _claim_folder(self.out, config, resume)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        torch.manual_seed(config.run.seed)
+        self.device = pick_device(config.run.device)
+        self._prepare_data()
+        self._prepare_model()
+        self.step = self.epoch = self.batch = 0
+        self.best: float | None = None
+        self.best_epoch = -1
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._log_size = 0
+        checkpoint = self.out / on_disk.CHECKPOINT
+        self._resumed = resume and checkpoint.exists()
+        self._state = on_disk.load_checkpoint(checkpoint) if self._resumed else None
+
+    # ------------------------------------------------------------------ parts
+
+    def _prepare_data(self) -> None:
+        data, loss = self.config.data, self.config.loss
+        cohort = Cohort.read(data.cohort)
+        train = cohort.subset(data.train_split).records
+        val = cohort.subset(data.val_split).records if data.val_split else ()
+        self.tasks = [
+            cohort.resolve(Task(task.name, task.kind, columns=tuple(task.columns))) for task in loss.tasks
+        ]
+        self.task_weight = {task.name: task.weight for task in loss.tasks}
+        self.reports = load_reports(data.reports) if loss.contrastive else None
+        options = {"backend": data.backend, "mpp": data.mpp, "max_open": data.max_open}
+
+        def open_split(records: Any, name: str) -> SlideSet:
+            cache = f"{data.cache}.{name}" if data.cache else None
+            return slide_set(cohort, records, data.tiles, self.tasks, self.reports, cache=cache, **options)  # type: ignore[arg-type]
+
+        self.train = open_split(train, "train")
+        self.val = open_split(val, "val") if val else None
+        if self.reports is not None and not (self.train.report_rows >= 0).any():
+            raise ValueError(f"{data.reports}: holds a report for none of the training cases")
+
+    def _prepare_model(self) -> None:
+        config, reports = self.config, self.reports
+        self.model = build_model(
+            config,
+            self.train.tiles,
+            reports.matrix.shape[1] if reports else None,
+            {task.name: task.outputs for task in self.tasks},
+        ).to(self.device)
+        self.loss = SlideReportLoss(kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives)
+        if reports is not None:
+            self.report_matrix = reports.matrix.to(self.device)
+            if config.loss.negatives == "all":
+                rows = self.train.report_rows.unique()
+                rows = rows[rows >= 0]
+                self.loss.set_reports(reports.matrix[rows], rows)
+        self.loss.to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(
+                self.model,
+                self.loss,
+                config.optim.lr,
+                0.0 if config.optim.freeze_encoder else config.optim.encoder_lr_scale,
+                config.optim.weight_decay,
+            )
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.optim.amp == "fp16")
+        self.steps_per_epoch = math.ceil(len(self.train) / config.optim.batch_size)
+
+    # ------------------------------------------------------------------ run
+
+    def fit(self) -> Path:
+        """Train to the end of the last epoch; return the run's folder.
+
+        Raises:
+            FloatingPointError: the loss is not finite; names step and slides. The last checkpoint stays as it was.
+        """
+        if self._state is not None:
+            self._restore(self._state)
+            self._state = None
+        self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
+        self.board = _board(self.out, self.step) if self.config.run.tensorboard else None
+        try:
+            if not self._resumed:
+                self._prefill()
+                self._fit_codebook(warm=False)
+                self._checkpoint()
+            for epoch in range(self.epoch, self.config.optim.epochs):
+                self._run_epoch(epoch)
+        finally:
+            self.log.close()
+            if self.board is not None:
+                self.board.close()
+        return self.out
+
+    def _run_epoch(self, epoch: int) -> None:
+        config = self.config
+        refit = config.memory.refit_every
+        if self.batch == 0 and epoch > 0 and refit and epoch % refit == 0 and self._encoder_moved(epoch):
+            self._fit_codebook(warm=True)
+        batches = epoch_batches(
+            self.model.bank,
+            self.train.reader,
+            epoch=epoch,
+            live=config.memory.live,
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+            start=self.batch,
+            augment=config.data.augment,
+            workers=config.data.workers,
+        )
+        remaining = self.steps_per_epoch - self.batch
+        started = time.perf_counter()
+        for batch in progress(batches, f"epoch {epoch + 1}/{config.optim.epochs}", total=remaining, unit="step"):
+            metrics = self._train_step(batch, epoch)
+            self._epoch_loss += float(metrics["loss"] or 0.0)
+            self._epoch_steps += 1
+            self.step += 1
+            self.batch += 1
+            now = time.perf_counter()
+            self._record("step", seconds=now - started, **metrics)
+            started = now
+            if self.step % config.run.checkpoint_every == 0 and self.batch < self.steps_per_epoch:
+                self._checkpoint()
+        self._finish_epoch(epoch)
+
+    def _finish_epoch(self, epoch: int) -> None:
+        started = time.perf_counter()
+        summary: Metrics = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
+        summary.update(_flat(self.model.bank.statistics(step=self.step), "bank"))
+        last = epoch + 1 == self.config.optim.epochs
+        if self.val is not None and ((epoch + 1) % self.config.run.validate_every == 0 or last):
+            summary.update(self._validate())
+            score = float(summary["val_score"])  # type: ignore[arg-type]
+            if self.best is None or score > self.best:
+                self.best, self.best_epoch = score, epoch
+                self._save_model()
+        elif self.val is None and last:
+            self._save_model()
+        self.epoch, self.batch = epoch + 1, 0
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._record("epoch", seconds=time.perf_counter() - started, **summary)
+        self._checkpoint()
+
+    # ------------------------------------------------------------------ one step
+
+    def _train_step(self, batch: Batch, epoch: int) -> Metrics:
+        optim = self.config.optim
+        self.model.train()
+        self._set_rates(epoch)
+        slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
+        with self._autocast():
+            out = self.model(
+                batch.images.to(self.device, non_blocking=True), slides, tiles, visit=epoch, seed=self.config.run.seed
+            )
+        loss, parts = self._losses(out, batch.slides)
+        if not torch.isfinite(loss):
+            names = ", ".join(self.train.records[i].slide_id for i in batch.slides.tolist())
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.step} (slides {names}); the last checkpoint is intact. "
+                "Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._write_back(slides, tiles, out)
+        rates = {bool(g["encoder"]): g["lr"] for g in self.optimizer.param_groups}
+        return {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": loss.item(),
+            **{f"loss_{name}": value.item() for name, value in parts.items()},
+            "grad_norm": norm.item(),
+            "lr": rates[False],
+            "encoder_lr": rates.get(True, 0.0),
+            "temperature": self.loss.temperature.item() if self.reports else None,
+        }
+
+    def _losses(self, out: SlideOutput, slides: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        parts: dict[str, Tensor] = {}
+        weights = {"contrastive": self.config.loss.contrastive_weight, **self.task_weight}
+        if self.reports is not None and out.report is not None:
+            rows = self.train.report_rows[slides]
+            there = rows >= 0
+            if there.any():
+                cases = rows[there].to(self.device)
+                parts["contrastive"] = self.loss(
+                    out.report.float()[there.to(self.device)], self.report_matrix[cases], cases
+                )
+        for task in self.tasks:
+            target = self.train.targets[task.name][slides].to(self.device)
+            parts[task.name] = supervised_loss(task.kind, out.logits[task.name], target)
+        total = sum((weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float())
+        # a batch in which no slide has a report or label still has a graph, and a zero gradient
+        return total + 0.0 * out.embedding.float().sum(), parts
+
+    @torch.no_grad()
+    def _write_back(self, slides: Tensor, tiles: Tensor, out: SlideOutput) -> None:
+        assert out.live is not None
+        rows = slides[:, None].expand_as(tiles).reshape(-1)
+        self.model.bank.write(rows, tiles.reshape(-1), out.live.detach().flatten(0, 1).float(), step=self.step)
+
+    def _set_rates(self, epoch: int) -> None:
+        optim = self.config.optim
+        total = optim.epochs * self.steps_per_epoch
+        warm = min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / max(total, 1)))
+        moves = self._encoder_moves(epoch)
+        self.model.tile_encoder.requires_grad_(moves)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * warm * cosine if moves or not group["encoder"] else 0.0
+
+    def _encoder_moves(self, epoch: int) -> bool:
+        optim = self.config.optim
+        return not optim.freeze_encoder and optim.encoder_lr_scale > 0 and epoch >= optim.head_warmup_epochs
+
+    def _encoder_moved(self, epoch: int) -> bool:
+        """Whether any epoch before this one trained the encoder: otherwise a refit has nothing to follow."""
+        return any(self._encoder_moves(earlier) for earlier in range(epoch))
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.optim.amp]
+        return torch.autocast(self.device.type, dtype, enabled=self.config.optim.amp != "none")
+
+    # ------------------------------------------------------------------ bank and codebook
+
+    def _prefill(self) -> None:
+        started = time.perf_counter()
+        for slide in progress(range(len(self.train)), "pre-fill bank", unit="slide"):
+            features = encode_tiles_of(
+                self.model, self.train.reader, slide, self.config.run.encode_chunk, self._autocast
+            )
+            tiles = torch.arange(len(features), device=self.device)
+            self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=0)
+        self._record("prefill", tiles=sum(self.train.tiles), seconds=time.perf_counter() - started)
+
+    def _fit_codebook(self, *, warm: bool) -> None:
+        started = time.perf_counter()
+        bank, config = self.model.bank, self.config
+        codebook, inertia = fit_codebook(
+            bank,
+            config.model.codewords,
+            iterations=config.memory.kmeans_iterations,
+            warm_start=bank.codebook if warm else None,
+            seed=config.run.seed,
+        )
+        bank.set_codebook(codebook)
+        self._record(
+            "codebook", epoch=self.epoch, inertia=inertia, warm=int(warm), seconds=time.perf_counter() - started
+        )
+
+    # ------------------------------------------------------------------ validation and files
+
+    def _validate(self) -> Metrics:
+        assert self.val is not None
+        return validate(
+            self.model,
+            self.val,
+            self.tasks,
+            self.loss if self.reports is not None else None,
+            self.report_matrix if self.reports is not None else None,
+            chunk=self.config.run.encode_chunk,
+            autocast=self._autocast,
+        )
+
+    def _record(self, kind: str, **fields: float | int | str | None) -> None:
+        self.log.write(kind=kind, **fields)
+        if self.board is not None:
+            for name, value in fields.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
+
+    def _save_model(self) -> None:
+        card = {
+            "config": asdict(self.config),
+            "tasks": {task.name: task_card(task) for task in self.tasks},
+            "report_dim": self.model.slide_encoder.report_dim,
+            "epoch": self.epoch,
+        }
+        on_disk.save_model(self.out / on_disk.BEST, self.model.state_dict(), card)
+
+    def _checkpoint(self) -> None:
+        self.log.sync()
+        on_disk.save_checkpoint(
+            self.out / on_disk.CHECKPOINT,
+            {
+                "model": self.model.state_dict(),
+                "loss": self.loss.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "step": self.step,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "epoch_loss": self._epoch_loss,
+                "epoch_steps": self._epoch_steps,
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "log_size": self.log.size,
+            },
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        self._epoch_loss, self._epoch_steps = state["epoch_loss"], state["epoch_steps"]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self._log_size = state["log_size"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` = CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _claim_folder(out: Path, config: Config, resume: bool) -> None:
+    """Refuse to mix two runs in one folder; write the resolved config."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (on_disk.CHECKPOINT, on_disk.BEST, on_disk.CONFIG):
+        for unfinished in out.glob(f".{Path(name).stem}.*{Path(name).suffix}"):
+            unfinished.unlink()  # a killed process was writing it
+    written = out / on_disk.CONFIG
+    if written.exists():
+        if not resume:
+            raise ValueError(f"{out} already holds a run: pass --resume to go on with it, or name another folder")
+        before, now = asdict(load_config(written)), asdict(config)
+        for section, values in now.items():
+            for key, value in values.items():
+                if before[section][key] != value and (section, key) != ("data", "workers"):
+                    raise ValueError(
+                        f"{written}: {section}.{key} was {before[section][key]!r} when the run began and is {value!r} "
+                        "now; a resumed run keeps its config"
+                    )
+    else:
+        save_config(config, written)
+
+
+def _board(out: Path, step: int) -> Any:
+    """A TensorBoard writer that drops what a killed run wrote past its checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Metrics:
+    """The scalars of a nested dict, keys joined by '_'."""
+    flat: Metrics = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}_{key}"))
+        elif isinstance(value, (int, float)):
+            flat[f"{prefix}_{key}"] = value
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            flat[f"{prefix}_{key}"] = value.item()
+    return flat
+
