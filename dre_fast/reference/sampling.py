@@ -1,0 +1,143 @@
+"""Per-slide permutation sampling: every tile is refreshed once per ceil(n/m) visits, without a stored order.
+
+A keyed bijection of [0, n) plays the shuffled list. It uses nothing but 32-bit unsigned arithmetic, so a
+kernel can evaluate any position on its own; here uint32 is emulated in int64. dre_fast's own extension of
+DRE-SLCL, which draws the live tiles of every visit independently.
+
+The bijection, all arithmetic modulo 2^32:
+
+    mix(x):   x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
+    key:      h = 0x9E3779B9
+              for w in (seed_lo, seed_hi, pass_lo, pass_hi, slide_lo, slide_hi):  h = mix(h + w) + 0x9E3779B9
+    round i:  k_i = mix(h + (i + 1) * 0x9E3779B9),  i = 0..5
+    Feistel over b = bit_length(n - 1) bits, high part H of b // 2 bits, low part L of b - b // 2 bits:
+              even i:  L ^= mix(H + k_i) mod 2^|L|      odd i:  H ^= mix(L + k_i) mod 2^|H|
+    walk:     y = feistel(position);  while y >= n:  y = feistel(y)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 6
+MAX_ROWS = 1 << 32
+_GOLDEN = 0x9E3779B9
+_U32 = 0xFFFFFFFF
+
+
+def _mul32(x: Tensor, c: int) -> Tensor:
+    # in two halves: the full product of two uint32 would overflow int64
+    return (x * (c & 0xFFFF) + (((x * (c >> 16)) & 0xFFFF) << 16)) & _U32
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = _mul32(x ^ (x >> 16), 0x7FEB352D)
+    x = _mul32(x ^ (x >> 15), 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _words(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value & _U32, (value >> 32) & _U32
+
+
+def _key(seed: int, cycle: Tensor, slide: Tensor) -> Tensor:
+    lo, hi = seed & _U32, (seed >> 32) & _U32
+    words = [torch.full_like(slide, lo), torch.full_like(slide, hi), *_words(cycle), *_words(slide)]
+    h = torch.full_like(slide, _GOLDEN)
+    for word in words:
+        h = (_mix((h + word) & _U32) + _GOLDEN) & _U32
+    return h
+
+
+def _as_index(value: Tensor | int, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.int64, device=like.device)
+
+
+def permute(
+    positions: Tensor, n: Tensor | int, seed: int, cycle: Tensor | int, slide: Tensor | int
+) -> Tensor:
+    """The elements at ``positions`` of a permutation of [0, n) keyed by (seed, cycle, slide).
+
+    A bijection of [0, n) for every key. Formula: module docstring.
+
+    Args:
+        positions: int64, any shape, each in [0, n). Other values (negative ones, say) come back unchanged.
+        n: length of the permutation, 1 .. 2^32; int, or int64 that broadcasts against ``positions``.
+        seed: any int, taken modulo 2^64.
+        cycle: number of the pass over the slide, int or broadcastable int64.
+        slide: slide id, int or broadcastable int64.
+
+    Returns:
+        int64, the broadcast shape.
+    """
+    positions, n, cycle, slide = torch.broadcast_tensors(
+        positions, _as_index(n, positions), _as_index(cycle, positions), _as_index(slide, positions)
+    )
+    bits = ((n - 1).clamp(min=0)[..., None] >> torch.arange(33, device=n.device) > 0).sum(-1)
+    high = bits // 2
+    low = bits - high
+    high_mask, low_mask = (1 << high) - 1, (1 << low) - 1
+    key = _key(seed, cycle, slide)
+    keys = [_mix((key + ((i + 1) * _GOLDEN)) & _U32) for i in range(ROUNDS)]
+
+    y = positions
+    todo = (positions >= 0) & (positions < n)
+    while True:
+        h, l = y >> low, y & low_mask
+        for i, k in enumerate(keys):
+            if i % 2 == 0:
+                l = l ^ (_mix((h + k) & _U32) & low_mask)
+            else:
+                h = h ^ (_mix((l + k) & _U32) & high_mask)
+        y = torch.where(todo, (h << low) | l, y)
+        todo = todo & (y >= n)
+        if not bool(todo.any()):
+            return y
+
+
+def visits_per_pass(n: Tensor, m: int) -> Tensor:
+    """P = ceil(n / m), at least 1: the visits after which every tile of a slide of n tiles was live once."""
+    return torch.div(n + (m - 1), m, rounding_mode="floor").clamp(min=1)
+
+
+def sample_tiles(lengths: Tensor, slides: Tensor, m: int, cycle: Tensor | int, seed: int) -> Tensor:
+    """The live tiles of visit v: the next m of the permutation keyed by (seed, v // P, slide).
+
+    P = ceil(n / m); positions (v mod P) m .. (v mod P) m + m - 1. On the last visit of a pass they wrap modulo
+    n: a visit always has min(m, n) distinct tiles.
+
+    Args:
+        lengths: int64 [B], tiles n of each slide.
+        slides: int64 [B], slide ids (part of the key).
+        m: live tiles a slide.
+        cycle: visit number v of each slide, counted from 0; int or int64 [B].
+        seed: any int.
+
+    Returns:
+        int64 [B, m] tile ids; slots beyond n are -1.
+    """
+    return _at_offsets(lengths, slides, torch.arange(m, device=slides.device), m, cycle, seed)
+
+
+def retrieve_tiles(lengths: Tensor, slides: Tensor, m: int, r: int, cycle: Tensor | int, seed: int) -> Tensor:
+    """The r tiles after the live ones of :func:`sample_tiles` (same m, cycle, seed), never overlapping them.
+
+    Positions continue modulo n.
+
+    Returns:
+        int64 [B, r] tile ids; at most n - m of a slide, further slots are -1.
+    """
+    return _at_offsets(lengths, slides, torch.arange(m, m + r, device=slides.device), m, cycle, seed)
+
+
+def _at_offsets(
+    lengths: Tensor, slides: Tensor, offsets: Tensor, m: int, cycle: Tensor | int, seed: int
+) -> Tensor:
+    n = lengths.to(torch.int64)[:, None]
+    visit = _as_index(cycle, slides).expand_as(slides)[:, None]
+    passes = visits_per_pass(n, m)
+    first = (visit % passes) * m
+    positions = torch.where(offsets < n, (first + offsets) % n.clamp(min=1), -1)
+    tiles = permute(positions, n, seed, torch.div(visit, passes, rounding_mode="floor"), slides[:, None])
+    return torch.where(positions >= 0, tiles, -1)
