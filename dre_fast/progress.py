@@ -13,8 +13,8 @@ T = TypeVar("T")
 def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Iterates over ``iterable`` and shows a bar on stderr.
 
-    The bar appears when tqdm is installed and stderr is a terminal. ``DRE_FAST_PROGRESS=1`` shows it in a pipe or a
-    log as well, ``DRE_FAST_PROGRESS=0`` never.
+    The bar appears when tqdm is installed and stderr is a terminal. ``DRE_FAST_PROGRESS=1`` shows it in a
+    pipe or a log as well, ``DRE_FAST_PROGRESS=0`` never.
 
     Args:
         iterable: what is iterated over, one element at a time.

@@ -11,11 +11,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the folder of ``path``; on success it becomes ``path``, on failure it is removed.
+    """Yields a temporary path in the folder of ``path``; on success it becomes ``path``, on failure it is
+    removed.
 
-    The folder is created when missing. The temporary name keeps the suffix of ``path``, because writers such as
-    ``numpy.save`` and Pillow choose their format by it. Data and name are flushed to disk before the call returns,
-    so a file that exists is whole even after a power cut.
+    The folder is created when missing. The temporary name keeps the suffix of ``path``, because writers such
+    as ``numpy.save`` and Pillow choose their format by it. Data and name are flushed to disk before the call
+    returns, so a file that exists is whole even after a power cut.
 
     Raises:
         FileNotFoundError: the body ended without writing the temporary path.

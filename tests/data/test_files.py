@@ -19,10 +19,15 @@ def test_a_successful_write_replaces_the_file(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     target = tmp_path / "a.txt"
     write_text_atomic(target, "old")
-    with pytest.raises(RuntimeError, match="half way"), atomic_path(target) as temporary:
-        temporary.write_text("new")
-        assert temporary.parent == tmp_path
-        raise RuntimeError("half way")
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("new")
+            assert temporary.parent == tmp_path
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
