@@ -1,0 +1,45 @@
+"""``dre-fast heatmap``: which codeword each tile belongs to, and what each tile adds to a prediction."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "heatmap",
+        help="codeword and contribution maps over the slide thumbnail",
+        description="Draw, for each slide, its tiles coloured by codeword and by their first-order contribution to a "
+        "logit: <d logit / d V_k, x_i - c_k>, over the thumbnail.",
+        epilog="example: dre-fast heatmap runs/a --cohort cohort.csv --tiles tiles --slide S1 --task subtype --out maps",
+    )
+    parser.add_argument("model", help="run folder, or a .safetensors model file")
+    parser.add_argument("--cohort", required=True, help="cohort CSV")
+    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    parser.add_argument("--out", required=True, help="folder for ID_codewords.png and ID_TASK_CLASS.png")
+    parser.add_argument("--slide", action="append", help="slide id; repeat for several (default: every slide)")
+    parser.add_argument("--task", help="task of the contribution map (default: the model's first)")
+    parser.add_argument("--class", dest="target", help="class or column of the map (default: the predicted one)")
+    parser.add_argument("--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array")
+    parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dre_fast.data.cohort import Cohort
+    from dre_fast.train.explain import draw_slide
+    from dre_fast.progress import progress
+    from dre_fast.train.build import slide_set
+    from dre_fast.train.inference import load_run
+    from dre_fast.train.loop import pick_device
+
+    loaded = load_run(args.model, pick_device(args.device))
+    cohort = Cohort.read(args.cohort)
+    if args.slide:
+        cohort = cohort.select(args.slide)
+    slides = slide_set(cohort, cohort.records, args.tiles, backend=args.backend, mpp=args.mpp)
+    for i in progress(range(len(slides)), "heatmap", unit="slide"):
+        for file in draw_slide(loaded, slides, i, args.out, task=args.task, target=args.target):
+            print(file)
+    return 0

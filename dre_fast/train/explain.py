@@ -1,0 +1,109 @@
+"""Maps of one slide: codeword of each tile, and each tile's first-order contribution to a logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dre_fast.data.cohort import Task
+from dre_fast.data.slides import open_slide
+from dre_fast.eval.heatmap import contributions, draw_codewords, draw_contributions
+from dre_fast.reference.encode import hard_assign
+from dre_fast.train.build import SlideSet
+from dre_fast.train.inference import LoadedRun, encode_tiles_of
+
+
+@dataclass
+class Explanation:
+    """``codes`` int64 [N] and ``contribution`` fp32 [N] of the tiles of a slide to the logit named ``target``."""
+
+    codes: Tensor
+    contribution: Tensor
+    target: str
+
+
+def pick_task(loaded: LoadedRun, name: str | None) -> Task:
+    """The task called ``name``, or the first.
+
+    Raises:
+        ValueError: the model has no such task, or none at all.
+    """
+    names = [task.name for task in loaded.tasks]
+    if not names:
+        raise ValueError("this model has no supervised task: there is no logit to explain")
+    if name is not None and name not in names:
+        raise ValueError(f"no task {name!r}; this model has: {', '.join(names)}")
+    return loaded.tasks[names.index(name) if name else 0]
+
+
+def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None = None) -> Explanation:
+    """Contributions of the rows ``features`` [N, D] (L2-normalised) of one slide to a logit of ``task``.
+
+    The logit is a function of V; its first-order term splits over the tiles as <d logit / d V_k, x_i - c_k> with
+    k = a_i, so the contributions sum to <d logit / d V, V>.
+
+    Args:
+        target: class or column; default: the class with the largest logit.
+
+    Raises:
+        ValueError: ``target`` is not a class or column of the task.
+    """
+    model = loaded.model
+    with torch.no_grad():
+        residuals = model.encode_bags(features).residuals
+    residuals = residuals.detach().requires_grad_(True)
+    logits = model.represent(residuals).logits[task.name][0]
+    names = list(task.classes if task.kind == "multiclass" else task.columns)
+    if target is None:
+        index = int(logits.argmax())
+    elif target in names:
+        index = names.index(target)
+    else:
+        raise ValueError(f"task {task.name!r} has no {target!r}; it has: {', '.join(names)}")
+    (gradient,) = torch.autograd.grad(logits[index], residuals)
+    codes = hard_assign(features, model.codebook)
+    return Explanation(codes, contributions(gradient[0], features, model.codebook, codes), names[index])
+
+
+def draw_slide(
+    loaded: LoadedRun,
+    slides: SlideSet,
+    index: int,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    target: str | None = None,
+    chunk: int = 256,
+) -> list[Path]:
+    """Write the maps of one slide as PNG; return their paths. Without a task only the codeword map is drawn."""
+    record, tiling = slides.records[index], slides.reader.tilings[index]
+    features = encode_tiles_of(loaded.model, slides.reader, index, chunk)
+    assert record.path is not None
+    slide = open_slide(record.path, mpp=tiling.slide_mpp)
+    thumbnail = slide.thumbnail(1024)
+    slide.close()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = hard_assign(features, loaded.model.codebook)
+    files = [
+        draw_codewords(
+            folder / f"{record.slide_id}_codewords.png", thumbnail, tiling, codes, len(loaded.model.codebook)
+        )
+    ]
+    if loaded.tasks:
+        explained = explain(loaded, features, pick_task(loaded, task), target)
+        files.append(
+            draw_contributions(
+                folder / f"{record.slide_id}_{pick_task(loaded, task).name}_{explained.target}.png",
+                thumbnail,
+                tiling,
+                explained.contribution,
+                title=f"{record.slide_id}: contribution to {explained.target}",
+            )
+        )
+    return files
+
+

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dre_fast.nn.bank import MemoryBank
+from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.slide_encoder import SlideEncoder
+from dre_fast.nn.supervised import supervised_loss
+from dre_fast.reference.encode import l2_normalize
+
+D, K = 8, 4
+
+
+class Flat(nn.Module):
+    def __init__(self, dim=D):
+        super().__init__()
+        self.linear = nn.Linear(3 * 4 * 4, dim)
+
+    def forward(self, images):
+        return self.linear(images.float().flatten(1))
+
+
+def build(memory="full", grad_scale="none", dtype="float32", encoder=None, tiles=(10, 7)):
+    torch.manual_seed(0)
+    bank = MemoryBank(list(tiles), D, codebook=l2_normalize(torch.randn(K, D)), dtype=dtype)
+    slide_encoder = SlideEncoder(D, K, width=16, depth=1, heads=2, report_dim=5)
+    return DRESLCL(encoder or Flat(), bank, slide_encoder, tasks={"t": 3}, memory=memory, grad_scale=grad_scale)
+
+
+def fill(model, images):
+    for slide, tiles in enumerate(images):
+        rows = torch.arange(len(tiles))
+        with torch.no_grad():
+            model.bank.write(torch.full_like(rows, slide), rows, model.encode_tiles(tiles), step=0)
+
+
+def test_full_memory_equals_encoding_every_tile():
+    """With a bank that holds the current features, the training forward is the inference forward."""
+    model = build().eval()
+    images = [torch.rand(10, 3, 4, 4), torch.rand(7, 3, 4, 4)]
+    fill(model, images)
+    tiles = torch.tensor([[1, 5, 9], [0, 6, 3]])
+    live = torch.stack([images[s][tiles[s]] for s in range(2)])
+    trained = model(live, torch.tensor([0, 1]), tiles)
+    features = torch.cat([model.encode_tiles(x) for x in images])
+    inferred = model.encode_bags(features, torch.tensor([0, 10, 17]))
+    torch.testing.assert_close(trained.residuals, inferred.residuals, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trained.embedding, inferred.embedding, atol=1e-5, rtol=1e-5)
+    assert trained.report.shape == (2, 5)
+    assert trained.logits["t"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("grad_scale", "factor"), [("unbiased", torch.tensor([10 / 2, 7 / 2])), (3.0, torch.full((2,), 3.0))])
+def test_grad_scale_multiplies_the_gradient_of_each_slides_live_tiles(grad_scale, factor):
+    images = torch.rand(2, 2, 3, 4, 4)
+    slides, tiles = torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 3]])
+
+    def gradient(scale):
+        model = build(grad_scale=scale)
+        fill(model, [torch.rand(10, 3, 4, 4), torch.rand(7, 3, 4, 4)])
+        out = model(images, slides, tiles)
+        out.live.retain_grad()
+        out.logits["t"].square().sum().backward()
+        return out.live.grad, out.logits["t"].detach()
+
+    plain, logits = gradient("none")
+    scaled, same = gradient(grad_scale)
+    torch.testing.assert_close(logits, same)
+    torch.testing.assert_close(scaled, plain * factor[:, None, None])
+
+
+@pytest.mark.parametrize("memory", ["full", 3, "none"])
+def test_gradient_reaches_the_tile_encoder_but_not_the_bank(memory):
+    model = build(memory=memory)
+    fill(model, [torch.rand(10, 3, 4, 4), torch.rand(7, 3, 4, 4)])
+    before = {name: buffer.clone() for name, buffer in model.bank.named_buffers()}
+    out = model(torch.rand(2, 2, 3, 4, 4), torch.tensor([0, 1]), torch.tensor([[0, 1], [2, -1]]), visit=0, seed=1)
+    out.logits["t"].sum().backward()
+    assert model.tile_encoder.linear.weight.grad.abs().sum() > 0
+    assert all(before[name].equal(buffer) for name, buffer in model.bank.named_buffers())
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="D=8"):
+        DRESLCL(Flat(), MemoryBank([3], D), SlideEncoder(9, K, width=8, heads=2))
+    with pytest.raises(ValueError, match="grad_scale"):
+        build(grad_scale="some")
+    model = build(encoder=Flat(dim=D + 1))
+    with pytest.raises(ValueError, match="tile encoder returned"):
+        model.encode_tiles(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="heads"):
+        SlideEncoder(D, K, width=10, heads=3)
+    with pytest.raises(ValueError, match="residuals must be"):
+        SlideEncoder(D, K, width=8, heads=2)(torch.zeros(1, K + 1, D))
+    with pytest.raises(ValueError, match="report_dim"):
+        SlideEncoder(D, K, width=8, heads=2).project(torch.zeros(1, 8))
+
+
+def test_empty_bag_has_a_finite_embedding():
+    model = build().eval()
+    out = model.encode_bags(torch.zeros(0, D), torch.tensor([0, 0]))
+    assert torch.isfinite(out.embedding).all()
+
+
+def test_supervised_loss_leaves_missing_labels_out():
+    logits = torch.randn(4, 3, requires_grad=True)
+    target = torch.tensor([0, -1, 2, -1])
+    expected = nn.functional.cross_entropy(logits[[0, 2]], target[[0, 2]])
+    torch.testing.assert_close(supervised_loss("multiclass", logits, target), expected)
+    nothing = supervised_loss("multiclass", logits, torch.full((4,), -1))
+    nothing.backward()
+    assert nothing.item() == 0.0
+    assert logits.grad.abs().max() == 0.0
+    binary = torch.tensor([[1.0, float("nan")], [float("nan"), 0.0]])
+    scores = torch.randn(2, 2)
+    expected = nn.functional.binary_cross_entropy_with_logits(scores.diagonal(), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(supervised_loss("multilabel", scores, binary), expected)
+    one = supervised_loss("binary", torch.zeros(2, 1), torch.tensor([1.0, float("nan")]))
+    torch.testing.assert_close(one, torch.tensor(2.0).log())
+    with pytest.raises(ValueError, match="kind"):
+        supervised_loss("ranking", logits, target)

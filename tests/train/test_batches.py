@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import torch
+
+from dre_fast.train.batches import epoch_order, turn_and_flip
+
+
+def test_turn_and_flip_keeps_each_tile_one_of_its_eight_symmetries():
+    tile = torch.arange(3 * 4 * 4, dtype=torch.uint8).reshape(3, 4, 4)
+    images = tile.expand(64, 3, 4, 4).contiguous()
+    turned = turn_and_flip(images, torch.Generator().manual_seed(0))
+    symmetries = {
+        tuple(candidate.flatten().tolist())
+        for turn in range(4)
+        for candidate in (torch.rot90(tile, turn, (1, 2)), torch.rot90(tile, turn, (1, 2)).flip(2))
+    }
+    seen = {tuple(image.flatten().tolist()) for image in turned}
+    assert seen == symmetries
+    assert torch.equal(images[0], tile)  # the input is left alone
+
+
+def test_epoch_order_is_a_permutation_of_seed_and_epoch():
+    first = epoch_order(50, 0, 0)
+    assert first.sort().values.equal(torch.arange(50))
+    assert first.equal(epoch_order(50, 0, 0))
+    assert not first.equal(epoch_order(50, 0, 1))
+    assert not first.equal(epoch_order(50, 1, 0))

@@ -1,0 +1,128 @@
+"""Killed at any moment, a run resumes to the very same metrics log."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_cohort import tiny_config
+
+from dre_fast.train.config import save_config
+from dre_fast.train.inference import load_run
+from dre_fast.train.loop import Trainer
+from dre_fast.train.state import load_checkpoint, read_metrics
+
+CLOCKS = {"seconds", "tiles_per_second"}
+
+
+def timeless(file: Path) -> bytes:
+    """The log with its clock fields taken out, byte for byte otherwise."""
+    return b"\n".join(
+        json.dumps({k: v for k, v in row.items() if k not in CLOCKS}).encode() for row in read_metrics(file)
+    )
+
+
+def start(config: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dre_fast.cli", "train", "--config", str(config), "--out", str(out), "--resume"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def whole(out: Path) -> None:
+    """Every file that is there can be read."""
+    if (out / "last.pt").exists():
+        state = load_checkpoint(out / "last.pt")
+        assert (out / "metrics.jsonl").stat().st_size >= state["log_size"]
+    if (out / "best.safetensors").exists():
+        load_run(out)
+    if (out / "metrics.jsonl").exists():
+        read_metrics(out / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "sampled"])
+def test_sigkill_at_any_moment_then_resume_gives_the_same_log(tiny_cohort, tmp_path, mode):
+    config = tiny_config(tiny_cohort, f"memory.mode={mode}", "memory.retrieved=6", "optim.epochs=6")
+    save_config(config, tmp_path / "config.yaml")
+    whole_run = tmp_path / "uninterrupted"
+    process = start(tmp_path / "config.yaml", whole_run)
+    began = time.perf_counter()
+    output, _ = process.communicate(timeout=300)
+    duration = time.perf_counter() - began
+    assert process.returncode == 0, output.decode()
+    expected = timeless(whole_run / "metrics.jsonl")
+    lines = len(expected.splitlines())
+
+    killed = tmp_path / "killed"
+    rng = random.Random(1)
+    kills = 0
+    for _ in range(60):
+        process = start(tmp_path / "config.yaml", killed)
+        # Half of the kills wait for the log to grow, so that they fall in the training, not in the start of Python.
+        before = _lines(killed)
+        deadline = time.perf_counter() + 4 * duration
+        target = before + rng.randint(0, 6)
+        while process.poll() is None and time.perf_counter() < deadline and _lines(killed) < target:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        whole(killed)
+        if _lines(killed) >= lines and kills >= 4:
+            break
+    process = start(tmp_path / "config.yaml", killed)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    assert kills >= 3
+    assert timeless(killed / "metrics.jsonl") == expected
+    assert (killed / "best.safetensors").read_bytes() == (whole_run / "best.safetensors").read_bytes()
+    leftovers = [p.name for p in killed.iterdir() if p.name.startswith(".")]
+    assert not leftovers
+
+
+def _lines(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_resume_mid_epoch_in_process(tiny_cohort, tmp_path, monkeypatch):
+    config = tiny_config(tiny_cohort)
+    Trainer(config, tmp_path / "a").fit()
+
+    class Stop(Exception):
+        pass
+
+    original = Trainer._train_step
+
+    def stop_at_four(self, batch, epoch):
+        if self.step == 4 and not self._resumed:
+            raise Stop
+        return original(self, batch, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_step", stop_at_four)
+    with pytest.raises(Stop):
+        Trainer(config, tmp_path / "b").fit()
+    Trainer(config, tmp_path / "b", resume=True).fit()
+    assert timeless(tmp_path / "a" / "metrics.jsonl") == timeless(tmp_path / "b" / "metrics.jsonl")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_cohort, tmp_path):
+    config = tiny_config(tiny_cohort, "optim.epochs=1")
+    Trainer(config, tmp_path / "a").fit()
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(config, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        Trainer(tiny_config(tiny_cohort, "optim.epochs=1", "optim.lr=0.5"), tmp_path / "a", resume=True)
