@@ -12,6 +12,10 @@ class CohortError(ValueError):
     """A fault in a table of slides, labels or reports; the message names the file, the row and the column."""
 
 
+class ReportError(ValueError):
+    """A fault in reports, their encoder or their embeddings; the message names the case or the file."""
+
+
 def read_table(
     path: Path, required: Sequence[str], rename: Callable[[str], str] = str.strip
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
