@@ -1,3 +1,374 @@
-from setuptools import setup
+"""Builds the compiled parts of dre_fast: C++ ops, their CUDA half, and the build-info module.
 
-setup()
+pyproject.toml holds everything else. The parts and what each of them needs:
+
+    dre_fast/_ops.so               C++ compiler, torch >= 2.10 in the target environment
+    dre_fast/_ops_cuda.so          the same, a CUDA build of torch, nvcc
+    dre_fast/_host.<python tag>    C++ compiler, pybind11, Python.h
+
+What cannot be built is left out, the package works without it, and one line says what is missing and how to
+get it. pip hides build output unless asked with -v, so the same line goes into dre_fast/_build_status.json,
+which `dre_fast.ops.native.why_not()` and `dre-fast info` show.
+
+torch is read as files (headers, version.py), never imported: pip's isolated build environment cannot import
+it, yet runs under the target environment's prefix, so `pip install .` builds against the torch that is there.
+
+Environment variables:
+    DRE_FAST_NATIVE=auto|0|1   auto: what can be built; 0: nothing; 1: fail where the C++ ops cannot be built
+    DRE_FAST_CUDA=auto|0|1     auto: where torch has CUDA and nvcc is found; 1: fail where it cannot be built
+    DRE_FAST_CUDA_ARCHS        default "80;90;100;120"; PTX of the last one is added for newer GPUs
+    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, MAX_JOBS have their usual meaning
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+# Objects outlive one build, editable or not, so that only what changed is compiled again.
+CACHE = ROOT / "build" / f"native-{platform.system()}-{platform.machine()}".lower()
+STATUS = "_build_status.json"
+MIN_TORCH = (2, 10)
+DEFAULT_ARCHS = "80;90;100;120"
+STD = "-std=c++17"
+# No contraction of a*b+c: fused multiply-adds are written out where they are meant, so that AVX2 and AVX-512
+# give the same bits. No-trapping-math lets comparisons and selections vectorise; it changes no value.
+CXX_FLAGS = shlex.split(
+    f"{STD} -O3 -fPIC -fvisibility=hidden -Wall -ffp-contract=off -fno-math-errno -fno-trapping-math"
+)
+NVCC_FLAGS = [STD, "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+X86_VARIANTS = {
+    "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "row_kernels_avx512.cpp": AVX512.split(),
+}
+AGAIN = "then install dre_fast again"
+
+
+class Missing(Exception):
+    """A part cannot be built: the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch of the target environment, read from its files."""
+
+    folder: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def flags(self) -> list[str]:
+        # The stable ABI as of 2.10: one binary serves every later torch.
+        return [f"-I{self.folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+@dataclass
+class Part:
+    """One shared library: how its objects are compiled and linked."""
+
+    name: str
+    sources: list[str]
+    compiler: list[str]
+    flags: list[str]
+    link: list[str]
+    extra: dict[str, list[str]] = field(default_factory=dict)
+
+
+def site_folders() -> list[Path]:
+    """Where the target environment keeps packages, also when this runs isolated from them."""
+    prefixes = [sys.prefix]
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    shared = sys.prefix == sys.base_prefix or (
+        config.is_file() and re.search(r"include-system-site-packages\s*=\s*true", config.read_text(), re.I)
+    )
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if shared:
+        prefixes.append(sys.base_prefix)
+        folders.append(site.getusersitepackages())
+    folders += site.getsitepackages(list(dict.fromkeys(prefixes)))
+    return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+def find_torch() -> Torch:
+    spec = importlib.util.find_spec("torch")  # locates, does not import
+    candidates = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    candidates += [folder / "torch" for folder in site_folders()]
+    found = next((c for c in candidates if (c / "version.py").is_file()), None)
+    if found is None:
+        raise Missing(
+            f"torch is not installed under {sys.prefix}: pip install 'torch>=2.10', {AGAIN} "
+            "(with --no-build-isolation where the installer builds in an environment of its own)"
+        )
+    values = {}
+    for node in ast.parse((found / "version.py").read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and isinstance(getattr(node, "value", None), ast.Constant):
+            values[target.id] = node.value.value
+    version = values.get("__version__", "0")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+        raise Missing(f"torch {version} is older than 2.10: pip install -U torch, {AGAIN}")
+    if not (found / "include/torch/csrc/stable/library.h").is_file():
+        raise Missing(f"torch {version} in {found} has no C++ headers: install torch from its own wheel")
+    return Torch(found, version, values.get("cuda"))
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler, tried on a two-line program."""
+    named = os.environ.get("CXX")
+    how = "Debian/Ubuntu: apt install g++; conda: conda install cxx-compiler; macOS: xcode-select --install"
+    if os.name == "nt":
+        raise Missing("the C++ parts are built on Linux and macOS only")
+    if named:
+        command = shlex.split(named)
+        if shutil.which(command[0]) is None:
+            raise Missing(f"the C++ compiler CXX={named} does not exist: unset CXX or install one ({how})")
+    else:
+        found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+        if found is None:
+            raise Missing(f"no C++ compiler (c++, g++, clang++): install one ({how}), {AGAIN}")
+        command = [found]
+    probe = subprocess.run(
+        [*command, STD, "-fsyntax-only", "-x", "c++", "-"],
+        input="#include <vector>\nint main() { return std::vector<int>().size(); }\n",
+        capture_output=True,
+        text=True,
+    )
+    if probe.returncode:
+        said = (probe.stderr.strip().splitlines() or ["no message"])[0]
+        raise Missing(
+            f"{shlex.join(command)} does not compile C++17 ({said}): install a C++ compiler ({how})"
+        )
+    return command
+
+
+def find_nvcc() -> Path:
+    homes = [os.environ[k] for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
+    for home in homes:
+        if (Path(home) / "bin/nvcc").is_file():
+            return Path(home) / "bin/nvcc"
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
+    where = f"CUDA_HOME={homes[0]}/bin and PATH" if homes else "PATH, and CUDA_HOME is not set"
+    raise Missing(f"nvcc is not in {where}: install the CUDA toolkit or set CUDA_HOME, {AGAIN}")
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"sm_(\d+)", listed))
+    asked = os.environ.get("DRE_FAST_CUDA_ARCHS")
+    archs = [a for a in re.split(r"[;,\s]+", asked or DEFAULT_ARCHS) if a]
+    unknown = [a for a in archs if a not in known]
+    if asked and unknown:
+        raise SystemExit(
+            f"DRE_FAST_CUDA_ARCHS={asked}: {nvcc} knows {sorted(known)}, not {', '.join(unknown)}"
+        )
+    # By default an older toolkit builds what it can; build info lists the result.
+    return [a for a in archs if a in known]
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name}={value}: must be auto, 0 or 1")
+    return value
+
+
+def plan() -> tuple[list[Part], dict[str, object]]:
+    """The parts that can be built here, and the record of what was built or why not."""
+    why: dict[str, str] = {}
+    native, cuda = switch("DRE_FAST_NATIVE"), switch("DRE_FAST_CUDA")
+    parts: list[Part] = []
+    info: dict[str, object] = {"torch": None, "compiler": None, "cuda_archs": []}
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    ldflags = [*shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    cxxflags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    try:
+        if native == "0":
+            raise Missing("left out by DRE_FAST_NATIVE=0: install dre_fast again without it")
+        compiler = find_compiler()
+        info["compiler"] = " ".join(compiler)
+        torch = find_torch()
+        info["torch"] = torch.version
+        libs = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        sources = ["csrc/ops.cpp", "csrc/cpu/bank.cpp", "csrc/cpu/row_kernels_default.cpp"]
+        sources += [f"csrc/cpu/{name}" for name in X86_VARIANTS] if x86 else []
+        flags = [*cxxflags, *torch.flags]
+        parts.append(Part("_ops", sources, compiler, flags, [*ldflags, *libs], X86_VARIANTS))
+    except Missing as reason:
+        if native == "1":
+            raise SystemExit(f"DRE_FAST_NATIVE=1: {reason}") from None
+        why["ops"] = why["cuda"] = why["host"] = str(reason)
+    try:
+        if cuda == "0":
+            raise Missing("left out by DRE_FAST_CUDA=0: install dre_fast again without it")
+        if "ops" in why:
+            raise Missing(why["ops"])
+        if torch.cuda is None:
+            raise Missing(f"torch {torch.version} is built without CUDA: install a CUDA build of it, {AGAIN}")
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc)
+        info["cuda_archs"] = archs
+        flags = [*NVCC_FLAGS, "-ccbin", compiler[-1], *arch_flags(archs), *torch.flags]
+        runtime = nvcc.resolve().parent.parent
+        folders = [runtime / "lib64", runtime / "lib", runtime / "targets/x86_64-linux/lib"]
+        # The static runtime: the library then loads beside whichever CUDA runtime torch brings.
+        link = [*libs, "-ltorch_cuda", *(f"-L{d}" for d in folders if d.is_dir())]
+        link = [*ldflags, *link, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        parts.append(Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, link))
+    except Missing as reason:
+        if cuda == "1":
+            raise SystemExit(f"DRE_FAST_CUDA=1: {reason}") from None
+        why["cuda"] = str(reason)
+    if "ops" not in why:
+        try:
+            parts.append(host_part(compiler, cxxflags, ldflags, torch, info))
+        except Missing as reason:
+            why["host"] = str(reason)
+    return parts, {"built": [p.name for p in parts], "why_not": why, **info}
+
+
+def host_part(compiler: list[str], cxxflags: list[str], ldflags: list[str], torch: Torch, info: dict) -> Part:
+    try:
+        import pybind11
+    except ImportError:
+        raise Missing(f"pybind11 is not installed: pip install pybind11, {AGAIN}") from None
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        how = "Debian/Ubuntu: apt install python3-dev"
+        raise Missing(f"{python}/Python.h is missing: install Python's headers ({how}), {AGAIN}")
+    said = {"TORCH": torch.version, "FLAGS": " ".join(cxxflags), "CUDA_ARCHS": ";".join(info["cuda_archs"])}
+    flags = [*cxxflags, f"-I{python}", f"-I{pybind11.get_include()}"]
+    flags += [f"-DDRE_FAST_{key}={json.dumps(value)}" for key, value in said.items()]
+    return Part("_host", ["csrc/host/module.cpp"], compiler, flags, ldflags)
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.stderr.strip():
+        print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise SystemExit(
+            f"dre_fast: this command failed (DRE_FAST_NATIVE=0 installs without the compiled parts):\n"
+            f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+        )
+
+
+def compile_object(part: Part, source: str) -> Path:
+    """The object of ``source``, named by all it depends on: compiled once, safe beside other builds."""
+    command = [*part.compiler, *part.flags, *part.extra.get(Path(source).name, []), "-c", source]
+    digest = hashlib.sha256(json.dumps(command).encode())
+    for path in [ROOT / source, *sorted((ROOT / "csrc").rglob("*.h"))]:
+        digest.update(path.read_bytes())
+    include = [flag[2:] for flag in part.flags if flag.startswith("-I")]
+    for folder in include:
+        version = Path(folder) / "torch/headeronly/version.h"
+        digest.update(version.read_bytes() if version.is_file() else b"")
+    out = CACHE / f"{Path(source).stem}-{digest.hexdigest()[:20]}.o"
+    if not out.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = out.with_suffix(f".{os.getpid()}.partial.o")
+        print(f"dre_fast: compiling {source}", flush=True)
+        run([*command, "-o", str(partial)])
+        os.replace(partial, out)
+    return out
+
+
+class BuildNative(build_ext):
+    """Compiles with the commands of `plan`, several files at a time, and replaces libraries atomically."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        name = fullname.split(".")[-1]
+        if name in ("_ops", "_ops_cuda"):  # no Python in them: any version loads them
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            write_status(ROOT / "dre_fast")
+
+    def build_extensions(self) -> None:
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            objects = {p.name: [pool.submit(compile_object, p, s) for s in p.sources] for p in PARTS}
+            for part in PARTS:
+                out = Path(self.get_ext_fullpath(f"dre_fast.{part.name}")).resolve()
+                out.parent.mkdir(parents=True, exist_ok=True)
+                partial = out.with_name(f".{out.name}.{os.getpid()}")
+                linker = find_compiler()
+                run([*linker, "-o", str(partial), *(str(o.result()) for o in objects[part.name]), *part.link])
+                os.replace(partial, out)
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in self.extensions:
+            name = self.get_ext_filename(extension.name)
+            partial = ROOT / f"{name}.{os.getpid()}.partial"
+            shutil.copyfile(Path(self.build_lib) / name, partial)
+            os.replace(partial, ROOT / name)  # a process that has the old one mapped keeps it
+
+
+class BuildPython(build_py):
+    """Adds the build record; leaves out libraries that an in-place build put beside the sources."""
+
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        found = super().find_data_files(package, src_dir)
+        return [f for f in found if not f.endswith(".so") and Path(f).name != STATUS]
+
+    def run(self) -> None:
+        super().run()
+        write_status(ROOT / "dre_fast" if self.editable_mode else Path(self.build_lib) / "dre_fast")
+
+
+def write_status(package: Path) -> None:
+    """Record what was built; a library that this build left out must not stay behind from an earlier one."""
+    for name in ("_ops", "_ops_cuda"):
+        if name not in RECORD["built"]:
+            (package / f"{name}.so").unlink(missing_ok=True)
+    if "_host" not in RECORD["built"]:
+        for stale in package.glob(f"_host*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            stale.unlink()
+    partial = package / f"{STATUS}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(RECORD, indent=2) + "\n")
+    os.replace(partial, package / STATUS)
+
+
+def announce() -> None:
+    for reason in dict.fromkeys(RECORD["why_not"].values()):
+        parts = ", ".join(part for part, why in RECORD["why_not"].items() if why == reason)
+        print(f"dre_fast: built without its compiled part ({parts}): {reason}", file=sys.stderr, flush=True)
+
+
+PARTS, RECORD = plan()
+if {"build", "bdist_wheel", "editable_wheel", "build_ext", "develop", "install"} & set(sys.argv):
+    announce()
+setup(
+    ext_modules=[Extension(f"dre_fast.{part.name}", part.sources) for part in PARTS],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)

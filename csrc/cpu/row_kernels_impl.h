@@ -1,0 +1,229 @@
+// Definition of the row kernels for the instruction set of the including file, which defines ROW_KERNELS (the table's
+// name) and ROW_KERNELS_NAME.
+//
+// Sums run over 16 fixed lanes (8 in float64) that are added up in a fixed tree, whatever the register width, and
+// fused multiply-adds are written out. So AVX2 and AVX-512 give the same bits; without fused multiply-adds only the
+// fp32 scores of `assign` and the float64 sums can differ, by round-off.
+
+#include "row_kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dre_fast {
+namespace {
+
+// ---- 16 floats in the registers there are ---------------------------------------------------------------------
+#if defined(__AVX512F__)
+constexpr int kRowTile = 4, kWordTile = 4;
+constexpr int kParts = 1;
+typedef __m512 Vec;
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+constexpr int kRowTile = 2, kWordTile = 3;
+constexpr int kParts = 2;
+typedef __m256 Vec;
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+constexpr int kRowTile = 2, kWordTile = 2;
+constexpr int kParts = 4;
+typedef float Vec __attribute__((vector_size(16)));
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+#if defined(__FP_FAST_FMAF)
+inline Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#else
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+#endif
+constexpr int kWidth = static_cast<int>(kLanes) / kParts;
+
+inline float tree_sum(const Vec (&v)[kParts]) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, v, sizeof(lane));
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+#if defined(__FMA__) || defined(__FP_FAST_FMA)
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+inline double fma(double a, double b, double c) { return a * b + c; }
+#endif
+
+inline double tree_sum(const double* lane) {
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+template <Format F>
+void decode_as(const void* __restrict q, float scale, int64_t dim, float* __restrict z) {
+  const auto* v = static_cast<const typename Value<F>::type*>(q);
+  for (int64_t j = 0; j < dim; ++j) z[j] = has_scale(F) ? Value<F>::decode(v[j]) * scale : Value<F>::decode(v[j]);
+  for (int64_t j = dim; j < padded(dim); ++j) z[j] = 0.0f;
+}
+
+double norm(const float* x, int64_t dim) {
+  double lane[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t j = 0;
+  for (; j + 8 <= dim; j += 8)
+    for (int i = 0; i < 8; ++i) lane[i] = fma(double(x[j + i]), double(x[j + i]), lane[i]);
+  for (int i = 0; j + i < dim; ++i) lane[i] = fma(double(x[j + i]), double(x[j + i]), lane[i]);
+  return __builtin_sqrt(tree_sum(lane));
+}
+
+// max |f| by comparing bit patterns, which order like the values.
+float largest(const float* f, int64_t dim) {
+  int32_t top = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const int32_t a = static_cast<int32_t>(bits(f[j]) & 0x7fffffffu);
+    top = a > top ? a : top;
+  }
+  return from_bits(static_cast<uint32_t>(top));
+}
+
+template <Format F>
+void encode_as(const float* __restrict f, float divisor, int64_t dim, void* __restrict q) {
+  auto* v = static_cast<typename Value<F>::type*>(q);
+  for (int64_t j = 0; j < dim; ++j) v[j] = Value<F>::encode(has_scale(F) ? f[j] / divisor : f[j]);
+}
+
+void decode(Format format, const void* q, float scale, int64_t dim, float* z) {
+  switch (format) {
+    case Format::kFloat32: return decode_as<Format::kFloat32>(q, scale, dim, z);
+    case Format::kFloat16: return decode_as<Format::kFloat16>(q, scale, dim, z);
+    case Format::kBFloat16: return decode_as<Format::kBFloat16>(q, scale, dim, z);
+    case Format::kInt8: return decode_as<Format::kInt8>(q, scale, dim, z);
+    case Format::kE4M3: return decode_as<Format::kE4M3>(q, scale, dim, z);
+  }
+}
+
+void encode(Format format, const float* __restrict x, int64_t dim, void* q, float* scale, float* __restrict z) {
+  const double length = norm(x, dim);
+  const double inverse = 1.0 / (length > kNormEps ? length : kNormEps);
+  for (int64_t j = 0; j < dim; ++j) z[j] = static_cast<float>(x[j] * inverse);
+  *scale = has_scale(format) ? largest(z, dim) / format_limit(format) : 0.0f;
+  const float divisor = *scale == 0.0f ? 1.0f : *scale;  // a row of zeros stays one
+  switch (format) {
+    case Format::kFloat32: encode_as<Format::kFloat32>(z, divisor, dim, q); break;
+    case Format::kFloat16: encode_as<Format::kFloat16>(z, divisor, dim, q); break;
+    case Format::kBFloat16: encode_as<Format::kBFloat16>(z, divisor, dim, q); break;
+    case Format::kInt8: encode_as<Format::kInt8>(z, divisor, dim, q); break;
+    case Format::kE4M3: encode_as<Format::kE4M3>(z, divisor, dim, q); break;
+  }
+  decode(format, q, *scale, dim, z);
+}
+
+// ---- assignment ---------------------------------------------------------------------------------------------------
+template <int kRows, int kWords>
+inline void scores(const float* z, int64_t ld, const float* c, float (&out)[kRowTile][kWordTile]) {
+  Vec sum[kRows][kWords][kParts];
+  for (int r = 0; r < kRows; ++r)
+    for (int w = 0; w < kWords; ++w)
+      for (int p = 0; p < kParts; ++p) sum[r][w][p] = Vec{};
+  for (int p = 0; p < kParts; ++p) {
+    Vec part[kRows][kWords];
+    for (int r = 0; r < kRows; ++r)
+      for (int w = 0; w < kWords; ++w) part[r][w] = Vec{};
+    for (int64_t j = p * kWidth; j < ld; j += kLanes) {
+      Vec a[kRows];
+      for (int r = 0; r < kRows; ++r) a[r] = load(z + r * ld + j);
+      for (int w = 0; w < kWords; ++w) {
+        const Vec b = load(c + w * ld + j);
+        for (int r = 0; r < kRows; ++r) part[r][w] = fma(a[r], b, part[r][w]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int w = 0; w < kWords; ++w) sum[r][w][p] = part[r][w];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int w = 0; w < kWords; ++w) out[r][w] = tree_sum(sum[r][w]);
+}
+
+template <int kRows>
+inline void assign_rows(
+    const float* z, int64_t ld, const float* c, const float* half_norm, int64_t codewords, int16_t* code) {
+  float best[kRows], s[kRowTile][kWordTile];
+  for (int r = 0; r < kRows; ++r) {
+    best[r] = -__builtin_inff();
+    code[r] = 0;
+  }
+  int64_t k = 0;
+  auto take = [&](int words) {
+    for (int w = 0; w < words; ++w)
+      for (int r = 0; r < kRows; ++r) {
+        const float score = s[r][w] - half_norm[k + w];
+        if (score > best[r]) {  // strictly greater: ties keep the lowest codeword
+          best[r] = score;
+          code[r] = static_cast<int16_t>(k + w);
+        }
+      }
+  };
+  for (; k + kWordTile <= codewords; k += kWordTile) {
+    scores<kRows, kWordTile>(z, ld, c + k * ld, s);
+    take(kWordTile);
+  }
+  for (; k < codewords; ++k) {
+    scores<kRows, 1>(z, ld, c + k * ld, s);
+    take(1);
+  }
+}
+
+void assign(
+    const float* z, int64_t rows, int64_t ld, const float* c, const float* half_norm, int64_t codewords,
+    int16_t* code) {
+  int64_t i = 0;
+  for (; i + kRowTile <= rows; i += kRowTile)
+    assign_rows<kRowTile>(z + i * ld, ld, c, half_norm, codewords, code + i);
+  for (; i < rows; ++i) assign_rows<1>(z + i * ld, ld, c, half_norm, codewords, code + i);
+}
+
+float half_square(const float* c, int64_t ld) {
+  float s[kRowTile][kWordTile];
+  scores<1, 1>(c, ld, c, s);
+  return 0.5f * s[0][0];
+}
+
+// ---- drift and running sums ---------------------------------------------------------------------------------------
+float drift(const float* a, const float* b, int64_t ld) {
+  double aa[8] = {}, bb[8] = {}, ab[8] = {};
+  for (int64_t j = 0; j < ld; j += 8)
+    for (int i = 0; i < 8; ++i) {
+      const double x = a[j + i], y = b[j + i];
+      aa[i] = fma(x, x, aa[i]);
+      bb[i] = fma(y, y, bb[i]);
+      ab[i] = fma(x, y, ab[i]);
+    }
+  const double na = tree_sum(aa), nb = tree_sum(bb);
+  if (na == 0.0 && nb == 0.0) return 0.0f;
+  const double power = na * nb;
+  const double d = 1.0 - tree_sum(ab) / __builtin_sqrt(power > 0.0 ? power : 1.0);
+  return static_cast<float>(d < 0.0 ? 0.0 : (d > 2.0 ? 2.0 : d));
+}
+
+void add_fixed(int64_t* __restrict s, const float* __restrict z, int64_t dim, int64_t sign) {
+  if (sign > 0)
+    for (int64_t j = 0; j < dim; ++j) s[j] += to_fixed(z[j]);
+  else
+    for (int64_t j = 0; j < dim; ++j) s[j] -= to_fixed(z[j]);
+}
+
+void swap_fixed(int64_t* __restrict s, const float* __restrict old_z, const float* __restrict new_z, int64_t dim) {
+  for (int64_t j = 0; j < dim; ++j) s[j] += to_fixed(new_z[j]) - to_fixed(old_z[j]);
+}
+
+}  // namespace
+
+extern const RowKernels ROW_KERNELS;
+const RowKernels ROW_KERNELS = {ROW_KERNELS_NAME, encode, decode, assign, half_square, drift, add_fixed, swap_fixed};
+
+}  // namespace dre_fast

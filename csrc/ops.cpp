@@ -1,0 +1,36 @@
+// Schemas of the compiled ops and their CPU implementations. The CUDA library adds its own.
+
+#include <string>
+
+#include "common.h"
+#include "cpu/bank.h"
+
+namespace dre_fast {
+
+void bank_write(
+    const Tensor& payload, const Tensor& scale, const Tensor& code, const Tensor& age, const Tensor& drift,
+    const Tensor& sums, const Tensor& counts, const Tensor& codebook, const Tensor& start,
+    const Tensor& rows_slide, const Tensor& rows_tile, const Tensor& features, int64_t step) {
+  bank_write_cpu(checked(
+      payload, scale, code, age, drift, sums, counts, codebook, start, rows_slide, rows_tile, features, step));
+}
+
+std::string cpu_level_op() { return cpu_level(); }
+
+}  // namespace dre_fast
+
+STABLE_TORCH_LIBRARY(dre_fast_native, m) {
+  m.def(
+      "bank_write(Tensor(a!) payload, Tensor(b!) scale, Tensor(c!) code, Tensor(d!) age, Tensor(e!) drift, "
+      "Tensor(f!) sums, Tensor(g!) counts, Tensor codebook, Tensor start, Tensor rows_slide, Tensor rows_tile, "
+      "Tensor features, int step) -> ()");
+  m.def("cpu_level() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CPU, m) {
+  m.impl("bank_write", TORCH_BOX(&dre_fast::bank_write));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&dre_fast::cpu_level_op));
+}
