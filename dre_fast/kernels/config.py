@@ -1,0 +1,145 @@
+"""Which tile sizes the encode kernels use: a frozen table per GPU architecture, nothing is tuned at run time.
+
+One *plan* per (architecture, dtype, K, D). ``single`` plans read the rows from memory once; where the
+accumulators (codewords x dim) do not fit one program's registers, or the codebook its shared memory, the plan is
+``split``: one pass finds the codes, a second one adds the rows up, tile by tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MAX_CODEWORDS = 1024
+MAX_DIM = 2048
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# fp32 accumulators one program of 8 warps holds beside its addresses without spilling (96 of 255 registers each).
+_ACCUMULATORS = 24_576
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One GPU generation: ``programs`` row ranges per launch (its multiprocessors), shared bytes one program may use."""
+
+    capability: int
+    programs: int
+    shared: int
+
+
+ARCHS = {
+    80: Arch(80, programs=108, shared=166_912),
+    90: Arch(90, programs=132, shared=232_448),
+    100: Arch(100, programs=148, shared=232_448),
+    120: Arch(120, programs=188, shared=101_376),
+}
+# The interpreter runs programs one after the other: a few are enough to exercise bags that span programs.
+INTERPRETER = Arch(0, programs=5, shared=232_448)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes of one kernel: rows x dim x codewords per program, warps, software-pipeline stages."""
+
+    rows: int
+    dim: int
+    codewords: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one (architecture, dtype, K, D) is encoded. Exactly one of ``single`` and (``assign``, ``aggregate``) is set.
+
+    parts: 16-bit pieces each fp32 codeword is split into (1: fp32 rows, codewords are used as they are).
+    dim, codewords: D and K rounded up to whole tiles; the prepared codebook has this shape.
+    programs: row ranges per launch; a result depends on it, so it is fixed per architecture.
+    """
+
+    parts: int
+    dim: int
+    codewords: int
+    programs: int
+    single: Launch | None
+    assign: Launch | None
+    aggregate: Launch | None
+
+    @property
+    def passes_over_rows(self) -> int:
+        """How many times the rows are requested; repeats within one pass are expected to hit the L2 cache."""
+        if self.single is not None:
+            return 1
+        assert self.assign is not None
+        assert self.aggregate is not None
+        return self.codewords // self.assign.codewords + self.codewords // self.aggregate.codewords
+
+
+def arch_of(capability: tuple[int, int]) -> Arch:
+    """The table entry for a device capability: its own, or the nearest older one.
+
+    Raises ValueError below 8.0, for which no configuration is shipped.
+    """
+    wanted = capability[0] * 10 + capability[1]
+    known = [number for number in ARCHS if number <= wanted]
+    if not known:
+        raise ValueError(
+            f"the Triton kernels need compute capability 8.0 or newer, this device has {capability}"
+        )
+    return ARCHS[max(known)]
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _dim_tiles(dim: int, most: int) -> tuple[int, int] | None:
+    """(tiles, width): at most three tiles of a power-of-two width covering ``dim`` with the least padding."""
+    options = [(n * w, n, w) for w in (16, 32, 64, 128, 256) if w <= most for n in (1, 2, 3) if n * w >= dim]
+    return min(options)[1:] if options else None
+
+
+@cache
+def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> Plan:
+    """The frozen plan for rows of ``dtype`` [*, dim] against ``codewords`` codewords on ``arch``.
+
+    Raises ValueError for a dtype, K or D outside what the kernels cover.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"rows must be float32, float16 or bfloat16 for the Triton kernels, not {dtype}")
+    if not 1 <= codewords <= MAX_CODEWORDS:
+        raise ValueError(f"the Triton kernels take 1 to {MAX_CODEWORDS} codewords, not {codewords}")
+    if not 1 <= dim <= MAX_DIM:
+        raise ValueError(f"the Triton kernels take feature dimensions 1 to {MAX_DIM}, not {dim}")
+    return _plan_fp32(arch, codewords, dim) if dtype == torch.float32 else _plan_half(arch, codewords, dim)
+
+
+def _plan_half(arch: Arch, codewords: int, dim: int) -> Plan:
+    # 64 codewords in two parts are 128 matrix rows: two warpgroups of wgmma with nothing computed twice.
+    padded = _power_of_two(codewords, 64)
+    tiles = _dim_tiles(dim, 256)
+    if tiles is not None and padded * tiles[0] * tiles[1] <= _ACCUMULATORS:
+        total = tiles[0] * tiles[1]
+        for rows, stages in ((64, 2), (64, 1), (32, 1)):
+            shared = 2 * (2 * padded * total + stages * rows * total + rows * padded) + 4096
+            if shared <= arch.shared:
+                launch = Launch(rows, tiles[1], padded, warps=8, stages=stages)
+                return Plan(2, total, padded, arch.programs, launch, None, None)
+    width = min(_power_of_two(dim, 64), 128)
+    total = -(-dim // width) * width
+    step = min(padded, 128)
+    small = arch.shared < 120_000
+    assign = Launch(64, 64, 64, warps=4, stages=2 if small else 3)
+    aggregate = Launch(64, width, step, warps=8, stages=2 if small else 3)
+    return Plan(2, total, padded, arch.programs, None, assign, aggregate)
+
+
+def _plan_fp32(arch: Arch, codewords: int, dim: int) -> Plan:
+    padded = _power_of_two(codewords, 16)
+    width = min(_power_of_two(dim, 16), 64)
+    total = -(-dim // width) * width
+    assign = Launch(64, 32 if width >= 32 else 16, min(padded, 64), warps=8, stages=2)
+    aggregate = Launch(32, width, min(padded, 64), warps=8, stages=2)
+    return Plan(1, total, padded, arch.programs, None, assign, aggregate)
