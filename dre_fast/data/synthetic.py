@@ -1,8 +1,9 @@
-"""A synthetic cohort: H&E-like slides as tiled pyramidal TIFFs, labels, templated reports and the ground truth.
+"""A synthetic cohort: H&E-like slides as tiled pyramidal TIFFs, labels, templated reports, ground truth.
 
-It exists so that the whole path, from slide files to a trained slide model, can be run and checked on any machine in
-minutes. The slides are drawn (see `synthetic_tissue`), the reports are filled from templates and the gene columns are
-drawn numbers: nothing in the cohort says anything about real disease, and every report says that it is synthetic.
+It exists so that the whole path, from slide files to a trained slide model, can be run and checked on any
+machine in minutes. The slides are drawn (see `synthetic_tissue`), the reports are filled from templates and
+the gene columns are drawn numbers: nothing in the cohort says anything about real disease, and every report
+says that it is synthetic.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def make_cohort(
     Args:
         out_dir: folder to write to; made if absent.
         train, val, test: number of slides of each split. Cases never cross splits.
-        seed: the same seed (and the same other arguments) gives the same pixels, labels and reports, whatever `workers` is.
+        seed: the same seed (and the same other arguments) gives the same pixels, labels and reports, whatever
+            `workers` is.
         mpp: micrometres per pixel of level 0. Structures keep their size in micrometres: 30-48 um across.
         size: level-0 width and height in pixels.
         normal_fraction: share of slides without tumour; their `subtype` and gene columns are empty (missing).
@@ -133,14 +135,15 @@ def make_cohort(
         workers: threads that paint; None takes one per processor, four at most.
 
     Returns:
-        The path of `cohort.csv`, with columns slide_id, case_id, path (relative to the CSV), report (text), subtype
-        ("glandular" | "squamous" | empty), tumour ("tumour" | "normal"), EGFR and TP53 ("1" | "0" | empty), split.
+        The path of `cohort.csv`, with columns slide_id, case_id, path (relative to the CSV), report (text),
+        subtype ("glandular" | "squamous" | empty), tumour ("tumour" | "normal"), EGFR and TP53
+        ("1" | "0" | empty), split.
 
     Raises:
         ValueError: a count, fraction, size or mpp is out of its range; the message names it.
 
-    `truth.json` holds per slide the tumour structures in level-0 pixels and the tiles of a grid that starts at (0, 0)
-    and show tumour; `read_truth` and `tumour_tiles` read it for any other grid.
+    `truth.json` holds per slide the tumour structures in level-0 pixels and the tiles of a grid that starts
+    at (0, 0) and show tumour; `read_truth` and `tumour_tiles` read it for any other grid.
     """
     plans = plan_cohort(
         train=train,
@@ -171,7 +174,7 @@ def make_cohort(
         }
 
     threads = workers if workers is not None else min(4, os.cpu_count() or 1)
-    # Threads, not processes: the time goes to numpy and the JPEG coder, which both let go of the interpreter lock.
+    # Threads, not processes: the time goes to numpy and the JPEG coder, which let go of the interpreter lock.
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         drawn = progress(pool.map(draw, plans), "painting slides", total=len(plans), unit="slide")
         truth = dict(drawn)
@@ -202,7 +205,7 @@ def plan_cohort(
     missing_genes: float,
     two_slide_fraction: float,
 ) -> list[SlidePlan]:
-    """Draws cases, labels and reports of a cohort without painting anything. Arguments as in `make_cohort`."""
+    """Draws cases, labels and reports of a cohort but no pixels. Arguments as in `make_cohort`."""
     counts = {"train": train, "val": val, "test": test}
     for name, count in counts.items():
         if count < 0:
@@ -280,7 +283,7 @@ def _balanced_classes(count: int, normal_fraction: float, rng: np.random.Generat
 
 
 def _with_mutations(tissue: TissueSpec, mutated: dict[str, bool], rng: np.random.Generator) -> TissueSpec:
-    """EGFR makes tumour nuclei larger, TP53 makes them uneven; both overlap with what wild-type slides show."""
+    """EGFR makes tumour nuclei larger, TP53 makes them uneven; both overlap with wild-type slides."""
     return replace(
         tissue,
         nuclear_scale=float((1.16 if mutated["EGFR"] else 1.0) * np.exp(rng.normal(0, 0.05))),
@@ -289,7 +292,7 @@ def _with_mutations(tissue: TissueSpec, mutated: dict[str, bool], rng: np.random
 
 
 def _write_report(subtype: str | None, rng: np.random.Generator) -> str:
-    """A short report: procedure, site, diagnosis in one of several wordings, grade, and unrelated sentences."""
+    """A short report: procedure, site, diagnosis in one of several wordings, grade, unrelated remarks."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -319,7 +322,7 @@ def write_pyramid(
     quality: int = 90,
     levels: int = 3,
 ) -> None:
-    """Writes RGB pixels as a tiled, JPEG-compressed, pyramidal TIFF that openslide and cuCIM read, with its resolution.
+    """Writes RGB pixels as a tiled pyramidal JPEG TIFF with its resolution; openslide and cuCIM read it.
 
     Args:
         path: file to write; it appears whole or not at all.
@@ -334,7 +337,7 @@ def write_pyramid(
         ImportError: tifffile or imagecodecs is missing.
     """
     try:
-        import imagecodecs  # noqa: F401  tifffile finds it by itself; without it JPEG fails late and unclearly
+        import imagecodecs  # noqa: F401  tifffile finds it by itself; without it JPEG fails late, unclearly
         import tifffile
         from PIL import Image
     except ImportError as error:
@@ -361,7 +364,7 @@ def write_pyramid(
 
 
 def read_truth(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:
-    """Reads `truth.json` (or the folder that holds it): slide_id -> tumour structures float64 [n, 3] (x, y, radius)."""
+    """Reads `truth.json`, or the one in a folder: slide_id -> structures float64 [n, 3] (x, y, radius)."""
     file = Path(path)
     if file.is_dir():
         file = file / TRUTH_FILE

@@ -1,13 +1,16 @@
-"""Paints one synthetic H&E-like slide: glass, stroma, benign structures and (in tumour slides) tumour structures.
+"""Paints one synthetic H&E-like slide: glass, stroma, benign structures and (in tumour slides) tumour
+structures.
 
-The painter works on two concentration maps, haematoxylin and eosin, and turns them into colour at the very end by
-the Beer-Lambert law with stain vectors that differ from slide to slide. Nuclei and structures are small stamps that
-are rendered once per slide and then placed, all of a kind in one indexed maximum, so a slide takes a fraction of a second.
+The painter works on two concentration maps, haematoxylin and eosin, and turns them into colour at the very
+end by the Beer-Lambert law with stain vectors that differ from slide to slide. Nuclei and structures are
+small stamps that are rendered once per slide and then placed, all of a kind in one indexed maximum, so a
+slide takes a fraction of a second.
 
-What distinguishes the classes is arrangement, not amount. A "glandular" structure is a ring of nuclei around a pale
-lumen; a "squamous" one holds as many nuclei, packed solid around an eosinophilic whorl, with a pale cleft outside.
-Eosin moved into one place is taken from another (each structure's eosin change sums to zero), and normal slides
-carry benign foci of the same extent and the same nuclear area, so mean colour says next to nothing about the labels.
+What distinguishes the classes is arrangement, not amount. A "glandular" structure is a ring of nuclei around
+a pale lumen; a "squamous" one holds as many nuclei, packed solid around an eosinophilic whorl, with a pale
+cleft outside. Eosin moved into one place is taken from another (each structure's eosin change sums to zero),
+and normal slides carry benign foci of the same extent and the same nuclear area, so mean colour says next to
+nothing about the labels.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ FloatImage = NDArray[np.float32]
 
 SUBTYPES = ("glandular", "squamous")
 
-# Optical densities of the two stains per unit concentration in R, G, B (after Ruifrok and Johnston 2001, normalised).
+# Optical densities of the two stains per unit concentration in R, G, B (unit vectors, about what H&E gives).
 _HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
-_EOSIN = np.array([0.07, 0.99, 0.11])
+_EOSIN = np.array([0.10, 0.88, 0.46])
 
 # Sizes in micrometres.
 _STRUCTURE_SPACING = 50.0
@@ -40,7 +43,8 @@ class TissueSpec:
         width, height: level-0 size in pixels.
         mpp: micrometres per pixel; structures keep their size in micrometres.
         subtype: "glandular", "squamous" or None for a slide without tumour.
-        witness: fraction of the tissue area taken by the tumour focus (or by the benign focus of a normal slide).
+        witness: fraction of the tissue area taken by the tumour focus (or by the benign focus of a normal
+            slide).
         nuclear_scale: diameter of tumour nuclei relative to the usual one.
         pleomorphism: relative spread of the diameters and darkness of tumour nuclei.
         contrast: 1 is the usual strength of the class pattern; towards 0 the nuclei lose their arrangement.
@@ -64,8 +68,8 @@ def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8]
         rng: source of every random choice; the same state gives the same pixels.
 
     Returns:
-        pixels uint8 [height, width, 3], RGB, and the tumour structures float64 [n, 3] as (x, y, radius) in level-0
-        pixels, n = 0 for a normal slide.
+        pixels uint8 [height, width, 3], RGB, and the tumour structures float64 [n, 3] as (x, y, radius) in
+        level-0 pixels, n = 0 for a normal slide.
     """
     shape = (spec.height, spec.width)
     um = 1.0 / spec.mpp  # pixels per micrometre
@@ -199,8 +203,9 @@ def _grid_points(mask: NDArray[np.bool_], spacing: float, rng: np.random.Generat
     cols = np.arange(spacing / 2, width, spacing)
     x = cols[None, :] + (np.arange(len(rows)) % 2)[:, None] * spacing / 2
     y = np.broadcast_to(rows[:, None], x.shape)
-    points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(-0.07, 0.07, (x.size, 2)) * spacing
+    points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(-0.15, 0.15, (x.size, 2)) * spacing
     points = points + rng.uniform(-0.5, 0.5, 2) * spacing
+    points = points[rng.random(len(points)) > 0.1]  # gaps, and the jitter, hide the grid
     ok = (points[:, 0] >= 0) & (points[:, 0] < width) & (points[:, 1] >= 0) & (points[:, 1] < height)
     points = points[ok]
     return points[mask[points[:, 1].astype(int), points[:, 0].astype(int)]]
@@ -217,7 +222,8 @@ def _nucleus_stamps(
     texture: float,
     rng: np.random.Generator,
 ) -> FloatImage:
-    """Soft-edged ellipses with chromatin texture, float32 [n, s, s]; lengths in pixels, orientation in radians."""
+    """Soft-edged ellipses with chromatin texture, float32 [n, s, s]; lengths in pixels, orientation in
+    radians."""
     half = int(np.ceil(length.max() / 2 + 1.5))
     axis = np.arange(-half, half + 1, dtype=np.float64)
     y, x = axis[None, :, None], axis[None, None, :]
@@ -228,18 +234,19 @@ def _nucleus_stamps(
     # Distance to the edge in pixels, about: one pixel of ramp is the anti-aliasing.
     body = np.clip((1 - radius) * np.minimum(a, b) + 0.5, 0, 1)
     rim = np.exp(-(((radius - 0.85) / 0.22) ** 2))
-    chromatin = (
-        1
-        - texture * 0.45 * (1 - rim)
-        + texture * 0.25 * rng.standard_normal((len(length), len(axis), len(axis)))
-    )
-    return (body * np.clip(chromatin, 0.2, 1.4) * darkness[:, None, None]).astype(np.float32)
+    noise = rng.standard_normal((len(length), len(axis), len(axis)))
+    stamps = body * np.clip(1 - texture * 0.6 * (1 - rim) + texture * 0.2 * noise, 0.15, 1.6)
+    # The same stain per area whatever the texture, so that vesicular and smudged nuclei are equally dark on
+    # average.
+    stamps *= (0.85 * darkness * body.sum((1, 2)) / stamps.sum((1, 2)))[:, None, None]
+    return stamps.astype(np.float32)
 
 
 def _place(
     image: FloatImage, stamps: FloatImage, which: NDArray[np.int64], points: NDArray[np.float64]
 ) -> None:
-    """Stamps `stamps[which[i]]` at `points[i]` (x, y), keeping the larger value; parts outside the image are cut."""
+    """Stamps `stamps[which[i]]` at `points[i]` (x, y), keeping the larger value; parts outside the image are
+    cut."""
     height, width = image.shape
     half = stamps.shape[1] // 2
     offset = np.arange(-half, half + 1)
@@ -268,7 +275,8 @@ def _add(
 def _zero_sum(delta: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
     """Shifts mass between the two signs of a pattern so that it sums to zero, and sets its energy.
 
-    The energy fixes the second-order change of mean colour, which is the same for every pattern of one strength.
+    The energy fixes the second-order change of mean colour, which is the same for every pattern of one
+    strength.
     """
     positive, negative = np.clip(delta, 0, None), np.clip(-delta, 0, None)
     balanced = positive / positive.sum() - negative / negative.sum()
@@ -285,7 +293,8 @@ def _radii(n: int, um: float, rng: np.random.Generator) -> NDArray[np.float64]:
 def _ring_nuclei(
     n_nuclei: int, radius: NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nuclei along a wobbly closed curve: offsets [n, n_nuclei, 2] and orientations (radial) [n, n_nuclei]."""
+    """Nuclei along a wobbly closed curve: offsets [n, n_nuclei, 2] and orientations (radial) [n,
+    n_nuclei]."""
     n = len(radius)
     turn = rng.uniform(0, 2 * np.pi, (n, 1))
     angle = (
@@ -299,18 +308,28 @@ def _ring_nuclei(
 def _solid_nuclei(
     n_nuclei: int, radius: NDArray[np.float64], hole: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nuclei packed over a disc but for a hole of `hole` radii: offsets [n, n_nuclei, 2], orientations [n, n_nuclei].
+    """Nuclei packed over a disc but for a hole of `hole` radii: offsets [n, n_nuclei, 2], orientations [n,
+    n_nuclei].
 
-    A sunflower (golden angle) packing is even without any search.
+    The positions are those of a shifted, turned and shaken hexagonal lattice nearest to the centre.
     """
     n = len(radius)
-    golden = np.pi * (3 - np.sqrt(5))
-    index = np.arange(n_nuclei)[None] + 0.5
-    r = np.sqrt(hole**2 + (1.12**2 - hole**2) * index / n_nuclei) * radius[:, None]
-    angle = rng.uniform(0, 2 * np.pi, (n, 1)) + index * golden
-    offset = np.stack([r * np.cos(angle), r * np.sin(angle)], -1)
-    offset = offset + rng.normal(0, 0.045, offset.shape) * radius[:, None, None]
-    return offset, rng.uniform(0, np.pi, (n, n_nuclei))
+    # Spacing at which `n_nuclei` cells of the lattice fill the disc (radius 1.12) outside the hole.
+    spacing = np.sqrt(np.pi * (1.12**2 - hole**2) / (n_nuclei * np.sqrt(3) / 2))
+    row, col = np.mgrid[-8:9, -8:9]
+    lattice = np.stack([col + 0.5 * (row % 2), row * np.sqrt(3) / 2], -1).reshape(1, -1, 2) * spacing
+    points = (
+        lattice + rng.uniform(-0.5, 0.5, (n, 1, 2)) * spacing + rng.normal(0, 0.07, (n, 289, 2)) * spacing
+    )
+    distance = np.hypot(points[..., 0], points[..., 1])
+    order = np.argsort(np.where(distance < hole, np.inf, distance), axis=1)[:, :n_nuclei]
+    points = np.take_along_axis(points, order[..., None], axis=1)
+    turn = rng.uniform(0, 2 * np.pi, (n, 1))
+    cos, sin = np.cos(turn), np.sin(turn)
+    offset = np.stack(
+        [points[..., 0] * cos - points[..., 1] * sin, points[..., 0] * sin + points[..., 1] * cos], -1
+    )
+    return offset * radius[:, None, None], rng.uniform(0, np.pi, (n, n_nuclei))
 
 
 def _gland_eosin(radius: float, half: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -326,9 +345,21 @@ def _nest_eosin(radius: float, half: int, rng: np.random.Generator) -> NDArray[n
     """Concentric keratin whorl in the centre and a pale cleft around the nest; zero-sum pattern [s, s]."""
     y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
     r = np.hypot(x - rng.uniform(-0.08, 0.08), y - rng.uniform(-0.08, 0.08))
-    whorl = np.clip((0.46 - r) * 7, 0, 1) * (0.75 + 0.5 * np.cos(r * 2 * np.pi / 0.23))
+    whorl = np.clip((0.40 - r) * 7, 0, 1) * (0.75 + 0.5 * np.cos(r * 2 * np.pi / 0.20))
     cleft = np.exp(-(((r - 1.42) / 0.11) ** 2))
     return whorl - cleft * (whorl <= 0)
+
+
+def _vessel_eosin(radius: float, half: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A lumen with some red cells and a muscular wall; pattern [s, s]."""
+    y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
+    r = np.hypot(x, y)
+    cells = np.zeros_like(r)
+    offset, _ = _solid_nuclei(int(rng.integers(4, 11)), np.ones(1), 0.0, rng)
+    for cx, cy in offset[0] * 0.55 + rng.normal(0, 0.05, 2):
+        cells = np.maximum(cells, np.clip((0.19 - np.hypot(x - cx, y - cy)) * 12, 0, 1))
+    wall = np.exp(-(((r - 1.25) / 0.14) ** 2))
+    return 1.3 * cells * (r < 0.7) + 0.6 * wall - ((r < 0.75) & (cells <= 0))
 
 
 def _paint_tumour(
@@ -346,17 +377,17 @@ def _paint_tumour(
     if glandular:
         offset, orientation = _ring_nuclei(_NUCLEI_PER_STRUCTURE, radius, rng)
     else:
-        offset, orientation = _solid_nuclei(_NUCLEI_PER_STRUCTURE, radius, 0.5, rng)
+        offset, orientation = _solid_nuclei(_NUCLEI_PER_STRUCTURE, radius, 0.42, rng)
     if spec.contrast < 1:  # blend towards scattered nuclei, which both subtypes share
         scattered = rng.uniform(-1.2, 1.2, offset.shape) * radius[:, None, None]
         offset = spec.contrast * offset + (1 - spec.contrast) * scattered
 
     half = int(np.ceil(1.8 * _RADIUS_RANGE[1] * um))
-    pattern = _gland_eosin if glandular else _nest_eosin
-    variants = [
-        _zero_sum(pattern(r, half, rng), 7.0 * um * spec.contrast)
-        for r in np.linspace(*_RADIUS_RANGE, 6) * um
-    ]
+    # The lumen is larger than the whorl; these strengths give tiles of both kinds the same spread of
+    # brightness.
+    pattern, strength = (_gland_eosin, 6.0) if glandular else (_nest_eosin, 10.0)
+    strength *= um * spec.contrast
+    variants = [_zero_sum(pattern(r, half, rng), strength) for r in np.linspace(*_RADIUS_RANGE, 6) * um]
     which = np.clip(np.searchsorted(np.linspace(*_RADIUS_RANGE, 6) * um, radius), 0, 5)
     _add(eosin, np.stack(variants).astype(np.float32), which, centres)
 
@@ -366,7 +397,10 @@ def _paint_tumour(
     turns = np.repeat(np.arange(bins) * np.pi / bins, per_bin)
     size = 8.2 * um * spec.nuclear_scale * np.exp(rng.normal(0, spec.pleomorphism, bins * per_bin))
     dark = 1.0 * np.exp(rng.normal(0, 0.6 * spec.pleomorphism, bins * per_bin))
-    stamps = _nucleus_stamps(size * 1.14, size * 0.88, turns, dark, 0.8, rng)
+    # Columnar and vesicular (dark rim, pale centre) in glands, round and smudged in nests; area and mean
+    # stain agree.
+    aspect, texture = (1.5, 0.8) if glandular else (1.05, 0.3)
+    stamps = _nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, texture, rng)
     slot = np.floor((orientation.reshape(-1) % np.pi) / np.pi * bins).astype(np.int64) % bins
     _place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
     return np.concatenate([centres, radius[:, None] * 1.2], axis=1)
@@ -379,9 +413,11 @@ def _paint_benign(
     um: float,
     rng: np.random.Generator,
 ) -> None:
-    """Vessels (thin rings of flat nuclei round red cells) and lymphoid clusters (solid, small, dark), half and half.
+    """Vessels (thin rings of flat nuclei round red cells) and lymphoid clusters (solid, small, dark), half
+    and half.
 
-    Both look a little like one of the tumour patterns, so "any ring" or "any cluster" does not solve the task.
+    Both look a little like one of the tumour patterns, so "any ring" or "any cluster" does not solve the
+    task.
     """
     vessel = rng.random(len(centres)) < 0.5
     radius = _radii(len(centres), um, rng)
@@ -397,12 +433,8 @@ def _paint_benign(
         slot = np.floor(((angle.reshape(-1) + np.pi / 2) % np.pi) / np.pi * bins).astype(np.int64) % bins
         _place(haematoxylin, stamps, slot, (ring[:, None] + offset).reshape(-1, 2))
         half = int(np.ceil(1.8 * _RADIUS_RANGE[1] * um))
-        y, x = np.mgrid[-half : half + 1, -half : half + 1] / (17.0 * um)
-        r = np.hypot(x, y)
-        cells = np.clip(np.cos(x * 11) * np.cos(y * 11) * 2, 0, 1) * (r < 0.62)
-        wall = np.exp(-(((r - 1.25) / 0.14) ** 2))
-        pattern = _zero_sum(1.3 * cells + 0.6 * wall - ((r < 0.75) & (cells <= 0)), 6.0 * um)
-        _add(eosin, pattern[None].astype(np.float32), np.zeros(len(ring), dtype=np.int64), ring)
+        variants = np.stack([_zero_sum(_vessel_eosin(17.0 * um, half, rng), 6.0 * um) for _ in range(6)])
+        _add(eosin, variants.astype(np.float32), rng.integers(6, size=len(ring)), ring)
 
     cluster = centres[~vessel]
     if len(cluster):
@@ -423,7 +455,8 @@ def _paint_stromal_nuclei(
     um: float,
     rng: np.random.Generator,
 ) -> None:
-    """Spindle nuclei along the fibres and a few lymphocytes, everywhere in the tissue except inside structures."""
+    """Spindle nuclei along the fibres and a few lymphocytes, everywhere in the tissue except inside
+    structures."""
     height, width = inside.shape
     n = rng.poisson(inside.sum() / um**2 * 1e-6 * _STROMAL_NUCLEI_PER_MM2 * rng.uniform(0.8, 1.2))
     ys, xs = np.nonzero(inside[::4, ::4])
@@ -462,7 +495,8 @@ def _paint_stromal_nuclei(
 def _stain(
     haematoxylin: FloatImage, eosin: FloatImage, tissue: FloatImage, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Beer-Lambert colour with per-slide stain vectors, strengths, brightness and white balance: uint8 [h, w, 3]."""
+    """Beer-Lambert colour with per-slide stain vectors, strengths, brightness and white balance: uint8 [h, w,
+    3]."""
     h_vector = np.clip(_HAEMATOXYLIN + rng.normal(0, 0.035, 3), 0.02, None) * np.exp(rng.normal(0, 0.14))
     e_vector = np.clip(_EOSIN + rng.normal(0, 0.03, 3), 0.02, None) * np.exp(rng.normal(0, 0.16))
     white = np.clip(rng.uniform(232, 250) + rng.normal(0, 2.5, 3), 0, 255)
