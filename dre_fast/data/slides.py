@@ -7,14 +7,14 @@ transparent, is white.
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
+
+from dre_fast.data.resample import put_planar, scale_tile
 
 BACKENDS = ("auto", "openslide", "cucim", "images", "array")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
@@ -71,7 +71,7 @@ class Slide(ABC):
 
     @abstractmethod
     def _read(self, x: int, y: int, level: int, w: int, h: int) -> np.ndarray:
-        """uint8 [h,w,3]; may overlap or lie outside the slide, where it is white."""
+        """uint8 [h,w,3], or [h,w,4] with a last channel to ignore; white outside the slide."""
 
     def read_region(self, x: int, y: int, level: int, w: int, h: int) -> np.ndarray:
         """Reads ``w`` x ``h`` pixels of ``level`` whose top-left corner is at level-0 pixel (``x``, ``y``).
@@ -83,7 +83,7 @@ class Slide(ABC):
             SlideError: there is no such level, or the file is damaged at that place.
         """
         self._check_level(level)
-        return self._read(int(x), int(y), level, int(w), int(h))
+        return np.ascontiguousarray(self._read(int(x), int(y), level, int(w), int(h))[..., :3])
 
     def read_tiles(self, coords: np.ndarray, level: int, size: int) -> np.ndarray:
         """Reads square tiles of ``size`` pixels of ``level``.
@@ -98,10 +98,20 @@ class Slide(ABC):
             SlideError: as ``read_region``.
         """
         self._check_level(level)
-        out = np.empty((len(coords), size, size, 3), dtype=np.uint8)
-        for i, (x, y) in enumerate(np.asarray(coords).tolist()):
-            out[i] = self._read(x, y, level, size, size)
-        return out
+        out = np.empty((len(coords), 3, size, size), dtype=np.uint8)
+        self.read_planar(coords, level, size, out)
+        return np.ascontiguousarray(np.moveaxis(out, 1, 3))
+
+    def read_planar(self, coords: np.ndarray, level: int, size: int, out: np.ndarray) -> None:
+        """Reads tiles as ``read_tiles`` does, scaled to the size of ``out``, uint8 [N,3,P,P], which is
+        filled.
+
+        Raises:
+            SlideError: as ``read_region``.
+        """
+        self._check_level(level)
+        for (x, y), target in zip(np.asarray(coords).tolist(), out, strict=True):
+            put_planar(scale_tile(self._read(x, y, level, size, size), out.shape[-1]), target)
 
     def thumbnail(self, max_px: int = 1024) -> np.ndarray:
         """The whole slide, area-averaged to at most ``max_px`` pixels on its longer side (never enlarged).
@@ -132,7 +142,7 @@ class Slide(ABC):
                 )
                 box = (left * fx - x0, top * fy - y0, right * fx - x0, bottom * fy - y0)
                 box = (*box[:2], min(box[2], block.shape[1]), min(box[3], block.shape[0]))
-                small = Image.fromarray(block).resize(
+                small = Image.fromarray(np.ascontiguousarray(block[..., :3])).resize(
                     (right - left, bottom - top), Image.Resampling.BOX, box=box
                 )
                 out[top:bottom, left:right] = np.asarray(small)
@@ -221,30 +231,20 @@ def open_slide(
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:
-    """Straight-alpha RGBA uint8 [...,4], RGB [...,3] or grey [h,w] as uint8 [...,3], on white."""
+    """Puts straight-alpha RGBA [...,4], RGB [...,3] or grey [h,w] uint8 pixels on white.
+
+    Returns:
+        uint8 [...,3], or the RGBA pixels themselves where all are opaque (their alpha is to be ignored).
+    """
     if pixels.ndim == 2:
-        return np.repeat(pixels[..., None], 3, axis=-1)
-    if pixels.shape[-1] == 3:
-        return pixels
+        pixels = pixels[..., None]
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
-    alpha = pixels[..., 3]
-    if alpha.min(initial=255) == 255:
-        return pixels[..., :3]
-    weight = alpha[..., None].astype(np.uint16)
+    if pixels.shape[-1] == 3 or pixels[..., 3].min(initial=255) == 255:
+        return pixels
+    weight = pixels[..., 3:].astype(np.uint16)
     blended = pixels[..., :3] * weight + 255 * (255 - weight)
     return ((blended + 127) // 255).astype(np.uint8)
-
-
-def need(module: str, extra: str) -> Any:
-    """Imports an optional package or says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"this needs {name}, which does not import ({error}): pip install 'dre_fast[{extra}]'", name=name
-        ) from error
 
 
 def _choose_backend(path: str | Path | np.ndarray) -> str:
@@ -252,7 +252,6 @@ def _choose_backend(path: str | Path | np.ndarray) -> str:
         return "array"
     path = Path(path)
     if path.is_dir():
-        # A DICOM slide is a folder of .dcm files, opened by any one of them.
         return "images"
     return "array" if path.suffix.lower() in IMAGE_SUFFIXES | {".npy"} else "openslide"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dre_fast.data.slides import Slide, SlideError, need, on_white
+from dre_fast.data.optional import need
+from dre_fast.data.slides import Slide, SlideError, on_white
 
 
 class ArraySlide(Slide):
@@ -29,7 +30,9 @@ class ArraySlide(Slide):
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + w, width), min(y + h, height)
         if left < right and top < bottom:
-            out[top - y : bottom - y, left - x : right - x] = on_white(self._pixels[top:bottom, left:right])
+            out[top - y : bottom - y, left - x : right - x] = on_white(self._pixels[top:bottom, left:right])[
+                ..., :3
+            ]
         return out
 
 
@@ -60,6 +63,6 @@ def load_image(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore", image.DecompressionBombWarning)
             with image.open(path) as opened:
                 has_alpha = "A" in opened.getbands() or "transparency" in opened.info
-                return on_white(np.asarray(opened.convert("RGBA" if has_alpha else "RGB")))
+                return on_white(np.asarray(opened.convert("RGBA" if has_alpha else "RGB")))[..., :3]
     except (OSError, SyntaxError, image.DecompressionBombError) as error:
         raise SlideError(f"slide {path}: not a readable image: {error}") from error

@@ -1,14 +1,17 @@
-"""Slides through cuCIM: tiled TIFF and Aperio SVS, batches of tiles decoded by several threads, no GPU needed."""
+"""Slides through cuCIM: tiled TIFF and Aperio SVS, batches decoded by several threads, no GPU needed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dre_fast.data.slides import Slide, SlideError, need, on_white
+from dre_fast.data.optional import need
+from dre_fast.data.resample import put_planar, scale_tile
+from dre_fast.data.slides import Slide, SlideError, on_white
 
 # Tiles per request: enough to keep the threads busy, small enough that the copies stay in cache.
 BATCH = 32
@@ -40,44 +43,50 @@ class CuCIMSlide(Slide):
         self._read_metadata(metadata)
 
     def _read(self, x: int, y: int, level: int, w: int, h: int) -> np.ndarray:
-        return self._read_batch([(x, y)], level, w, h)[0]
+        return next(self._read_batches([(x, y)], level, w, h))[0]
 
-    def read_tiles(self, coords: np.ndarray, level: int, size: int) -> np.ndarray:
+    def read_planar(self, coords: np.ndarray, level: int, size: int, out: np.ndarray) -> None:
         self._check_level(level)
         corners = [(int(x), int(y)) for x, y in np.asarray(coords).tolist()]
-        if not corners:
-            return np.empty((0, size, size, 3), dtype=np.uint8)
-        return self._read_batch(corners, level, size, size)
+        targets = iter(out)
+        for tiles in self._read_batches(corners, level, size, size):
+            for tile in tiles:
+                put_planar(scale_tile(tile, out.shape[-1]), next(targets))
 
-    def _read_batch(self, corners: list[tuple[int, int]], level: int, w: int, h: int) -> np.ndarray:
+    def _read_batches(
+        self, corners: list[tuple[int, int]], level: int, w: int, h: int
+    ) -> Iterator[np.ndarray]:
+        """The regions in order, uint8 [n,h,w,3], white outside the slide."""
+        if not corners:
+            return
         downsample = self.level_downsamples[level]
         pixels = [(round(x / downsample), round(y / downsample)) for x, y in corners]
         # The first level-0 pixel that cuCIM maps onto the wanted pixel of the level.
         places = [(math.ceil(px * downsample), math.ceil(py * downsample)) for px, py in pixels]
-        out = np.empty((len(corners), h, w, 3), dtype=np.uint8)
+        done = 0
         try:
+            # One region gives an image, several an iterator over batches.
             if len(places) == 1:
-                out[0] = on_white(np.asarray(self._handle.read_region(places[0], (w, h), level)))
+                batches: Any = [self._handle.read_region(places[0], (w, h), level)]
             else:
-                done = 0
-                for batch in self._handle.read_region(
+                batches = self._handle.read_region(
                     places, (w, h), level, num_workers=self._workers, batch_size=min(BATCH, len(places))
-                ):
-                    tiles = on_white(np.asarray(batch))
-                    out[done : done + len(tiles)] = tiles
-                    done += len(tiles)
+                )
+            for batch in batches:
+                tiles = on_white(np.asarray(batch).reshape(-1, h, w, batch.shape[-1]))[..., :3]
+                self._whiten_outside(tiles, pixels[done : done + len(tiles)], level)
+                done += len(tiles)
+                yield tiles
         except (ValueError, RuntimeError, OSError) as error:
             raise SlideError(
                 f"slide {self.path}: cuCIM failed to read {len(corners)} regions of {w} x {h} px at level "
                 f"{level} from x={corners[0][0]}, y={corners[0][1]} on: {error}"
             ) from error
-        self._whiten_outside(out, pixels, level)
-        return out
 
-    def _whiten_outside(self, out: np.ndarray, pixels: list[tuple[int, int]], level: int) -> None:
+    def _whiten_outside(self, tiles: np.ndarray, pixels: list[tuple[int, int]], level: int) -> None:
         level_w, level_h = self.level_dimensions[level]
-        h, w = out.shape[1:3]
-        for tile, (px, py) in zip(out, pixels):
+        h, w = tiles.shape[1:3]
+        for tile, (px, py) in zip(tiles, pixels, strict=True):
             left, top = min(w, max(0, -px)), min(h, max(0, -py))
             right, bottom = max(0, min(w, level_w - px)), max(0, min(h, level_h - py))
             tile[:top] = 255

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dre_fast.data.backends.array import load_image
-from dre_fast.data.slides import IMAGE_SUFFIXES, Slide, SlideError, need
+from dre_fast.data.optional import need
+from dre_fast.data.slides import IMAGE_SUFFIXES, Slide, SlideError
 
 _NUMBER = re.compile(r"\d+")
 _XY = re.compile(r"(?<![a-z])x[=_-]?(\d+)[^0-9]*?(?<![a-z])y[=_-]?(\d+)", re.IGNORECASE)

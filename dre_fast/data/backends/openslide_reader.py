@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dre_fast.data.slides import Slide, SlideError, need, on_white
+from dre_fast.data.optional import need
+from dre_fast.data.slides import Slide, SlideError, on_white
 
 
 class OpenSlideSlide(Slide):
