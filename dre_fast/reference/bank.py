@@ -66,12 +66,12 @@ def last_of_each(rows: Tensor, keep: Tensor) -> Tensor:
 def assign_codes(stored: Tensor, codebook: Tensor) -> Tensor:
     """Nearest codeword of stored rows [R, D], int16 [R]: argmin_k ||z - c_k||^2, ties to the lowest k.
 
-    -1 when K = 0. Here in float64; a kernel may accumulate in fp32, and then only codewords that tie within
-    round-off may differ.
+    -1 when K = 0. A function of row and codebook alone (see ``hard_assign``). A kernel may differ where
+    codewords tie within round-off.
     """
     if codebook.shape[0] == 0:
         return torch.full((stored.shape[0],), -1, dtype=torch.int16, device=stored.device)
-    return hard_assign(stored.double(), codebook.double()).to(torch.int16)
+    return hard_assign(stored, codebook).to(torch.int16)
 
 
 def write(

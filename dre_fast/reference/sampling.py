@@ -104,8 +104,8 @@ def visits_per_pass(n: Tensor, m: int) -> Tensor:
 def sample_tiles(lengths: Tensor, slides: Tensor, m: int, cycle: Tensor | int, seed: int) -> Tensor:
     """The live tiles of visit v: the next m of the permutation keyed by (seed, v // P, slide).
 
-    P = ceil(n / m); positions (v mod P) m .. (v mod P) m + m - 1. On the last visit of a pass they wrap modulo
-    n: a visit always has min(m, n) distinct tiles.
+    P = ceil(n / m); positions (v mod P) m .. (v mod P) m + m - 1. On the last visit of a pass they wrap
+    modulo n, so a visit always has min(m, n) distinct tiles.
 
     Args:
         lengths: int64 [B], tiles n of each slide.
@@ -117,7 +117,7 @@ def sample_tiles(lengths: Tensor, slides: Tensor, m: int, cycle: Tensor | int, s
     Returns:
         int64 [B, m] tile ids; slots beyond n are -1.
     """
-    return _at_offsets(lengths, slides, torch.arange(m, device=slides.device), m, cycle, seed)
+    return tiles_at(lengths, slides, 0, m, m, cycle, seed)
 
 
 def retrieve_tiles(lengths: Tensor, slides: Tensor, m: int, r: int, cycle: Tensor | int, seed: int) -> Tensor:
@@ -128,16 +128,20 @@ def retrieve_tiles(lengths: Tensor, slides: Tensor, m: int, r: int, cycle: Tenso
     Returns:
         int64 [B, r] tile ids; at most n - m of a slide, further slots are -1.
     """
-    return _at_offsets(lengths, slides, torch.arange(m, m + r, device=slides.device), m, cycle, seed)
+    return tiles_at(lengths, slides, m, r, m, cycle, seed)
 
 
-def _at_offsets(
-    lengths: Tensor, slides: Tensor, offsets: Tensor, m: int, cycle: Tensor | int, seed: int
+def tiles_at(
+    lengths: Tensor, slides: Tensor, first: int, count: int, m: int, cycle: Tensor | int, seed: int
 ) -> Tensor:
+    """Tiles at positions (v mod P) m + first .. + count - 1, modulo n: int64 [B, count].
+
+    Slots whose offset from the first live position reaches n are -1. Arguments as in :func:`sample_tiles`.
+    """
     n = lengths.to(torch.int64)[:, None]
+    offsets = torch.arange(first, first + count, device=slides.device)
     visit = _as_index(cycle, slides).expand_as(slides)[:, None]
-    passes = visits_per_pass(n, m)
-    first = (visit % passes) * m
-    positions = torch.where(offsets < n, (first + offsets) % n.clamp(min=1), -1)
-    tiles = permute(positions, n, seed, torch.div(visit, passes, rounding_mode="floor"), slides[:, None])
+    visits = visits_per_pass(n, m)
+    positions = torch.where(offsets < n, ((visit % visits) * m + offsets) % n.clamp(min=1), -1)
+    tiles = permute(positions, n, seed, torch.div(visit, visits, rounding_mode="floor"), slides[:, None])
     return torch.where(positions >= 0, tiles, -1)

@@ -1,0 +1,393 @@
+"""The memory bank: the last feature of every tile of every slide, with exact running sums."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dre_fast.nn import bank_checks as checks
+from dre_fast.nn import bank_io
+from dre_fast.nn.bank_stats import freshness
+from dre_fast.nn.bank_tables import BankTables
+from dre_fast.ops import bank as ops
+from dre_fast.ops.encode import hard_encode
+
+
+class MemoryBank(BankTables):
+    """One row for every tile of every slide: written as tiles are encoded, read for the tiles that are not.
+
+    Source: the memory bank of DRE-SLCL (arXiv 2511.05034). The running sums that make ``memory="full"`` cost
+    the same for any slide size, quantised rows, ages, drift and permutation sampling are dre_fast's own.
+
+    Layout. Slide s owns the rows start[s] .. start[s] + length[s] - 1, one a tile. All tables are buffers, so
+    ``state_dict``, ``.to(device)`` and ``copy.deepcopy`` work; ``.half()`` and other dtype changes of a model
+    leave the tables' dtypes alone. R rows, S slides, D values a row, K codewords:
+
+        payload       [R, Dp] in ``dtype``  stored rows, unit L2 norm before storage; padded to 16 bytes
+        scale         fp32 [R]              one a row for int8 and float8_e4m3fn, [0] otherwise
+        code          int16 [R]             nearest codeword of the stored row; -1 = none (yet)
+        age           int32 [R]             step of the last write; -1 = never written
+        drift         fp32 [R]              1 - cos(stored before, after) at the last write; 0 at the first
+        start         int64 [S]             first row of a slide
+        length        int64 [S]             tiles of a slide; 0 = removed
+        slide_sums    int64 [S, K, D]       sums of the written rows by codeword, 24 fraction bits
+        slide_counts  int64 [S, K]          written rows by codeword
+        codebook      fp32 [K, D]           K = 0 until there is one
+
+    The sums and counts always equal a recomputation from the stored rows and codes, bit for bit.
+
+    Ids. Slides are 0 .. S-1 in the order given; ids stay when others are removed and are not used again.
+    Tiles are 0 .. n-1 within a slide. -1 as a slide or tile id means "no row": writes skip it, reads give
+    zeros. Id arguments are int64 tensors or anything ``torch.as_tensor`` takes, moved to the bank's device.
+
+    Checks read a flag back from the device once a call; inside ``torch.compile`` they are left out, because
+    they depend on the data, and the caller answers for ids and finite features.
+
+    With DistributedDataParallel use ``broadcast_buffers=False``: every rank holds the slides it trains on.
+
+    Args:
+        tiles_per_slide: tiles n_s >= 1 of each slide, ints. May be empty.
+        dim: feature size D.
+        codebook: [K, D], or None to set one later with :meth:`set_codebook`.
+        dtype: row format, ``"int8"`` (default, D + 4 bytes a row), ``"float8_e4m3fn"``, ``"bfloat16"``,
+            ``"float16"`` or ``"float32"``.
+        device: where the tables lie.
+
+    Raises:
+        ValueError: a slide without tiles (named), an unknown dtype, a codebook of the wrong shape, or more
+            memory needed than is free (with the numbers).
+    """
+
+    # ------------------------------------------------------------------ rows
+
+    @torch.no_grad()
+    def write(self, slides: Tensor, tiles: Tensor, features: Tensor, *, step: int) -> None:
+        """Store features, L2-normalised and quantised, and bring age, drift, code and sums up to date.
+
+        Args:
+            slides, tiles: int64 [R] (or broadcastable to it); -1 in either skips the row. When a row is given
+                more than once the last one counts.
+            features: [R, D], any floating dtype; need not be normalised. No gradient is kept.
+            step: current step, 0 .. 2^31 - 1; becomes the rows' age stamp. Use 0 for the initial fill.
+
+        Raises:
+            ValueError: shapes, ids outside the bank, or features that are not finite, naming slide and tile.
+                Nothing is written then.
+        """
+        slides, tiles = self._rows(slides, tiles)
+        if features.shape != (tiles.shape[0], self.dim):
+            raise ValueError(
+                f"MemoryBank.write: features must be [{tiles.shape[0]}, {self.dim}] for these ids, "
+                f"got {list(features.shape)}"
+            )
+        features = features.detach().to(self.payload.device, torch.float32)
+        if not torch.compiler.is_compiling():
+            if not 0 <= step < 1 << 31:
+                raise ValueError(f"MemoryBank.write: step must lie in 0 .. 2^31 - 1, got {step}")
+            checks.check_rows(self.length, slides, tiles, features)
+        ops.write(
+            self.payload,
+            self.scale,
+            self.code,
+            self.age,
+            self.drift,
+            self.slide_sums,
+            self.slide_counts,
+            self.codebook,
+            self.start,
+            slides.contiguous(),
+            tiles.contiguous(),
+            features.contiguous(),
+            step,
+        )
+
+    @torch.no_grad()
+    def read(self, slides: Tensor, tiles: Tensor) -> Tensor:
+        """Stored rows, dequantised: slides, tiles int64 [R] (or broadcastable) -> fp32 [R, D].
+
+        Skipped (-1) and never written rows are zeros.
+
+        Raises:
+            ValueError: ids outside the bank, naming slide and tile.
+        """
+        slides, tiles = self._rows(slides, tiles)
+        if not torch.compiler.is_compiling():
+            checks.check_rows(self.length, slides, tiles)
+        return ops.read(self.payload, self.scale, self._row_numbers(slides, tiles), self.dim)
+
+    @torch.no_grad()
+    def iter_rows(self, chunk: int = 65536) -> Iterator[Tensor]:
+        """The written rows in slide order, dequantised: fp32 [n, D], 1 <= n <= ``chunk``."""
+        for _, rows in self._row_chunks(chunk):
+            if rows.numel():
+                yield ops.read(self.payload, self.scale, rows, self.dim)
+
+    def sums(self, slide: int) -> Tensor:
+        """Sums of a slide's written rows by codeword: int64 [K, D] in units of 2^-24, a copy."""
+        return self.slide_sums[self._known(slide)].clone()
+
+    def counts(self, slide: int) -> Tensor:
+        """Written rows of a slide by codeword: int64 [K], a copy."""
+        return self.slide_counts[self._known(slide)].clone()
+
+    def codes(self, slide: int) -> Tensor:
+        """Nearest codeword of each tile of a slide: int64 [n], -1 where there is none yet."""
+        return self.code[self._slab(slide)].to(torch.int64)
+
+    def ages(self, slide: int) -> Tensor:
+        """Step of the last write of each tile of a slide: int32 [n], -1 where never written. A copy."""
+        return self.age[self._slab(slide)].clone()
+
+    def drifts(self, slide: int) -> Tensor:
+        """1 - cos(before, after) at the last write of each tile of a slide: fp32 [n], a copy."""
+        return self.drift[self._slab(slide)].clone()
+
+    def written(self, slide: int) -> Tensor:
+        """Which tiles of a slide were ever written: bool [n]."""
+        return self.age[self._slab(slide)] >= 0
+
+    @torch.no_grad()
+    def statistics(self, step: int, *, fill_step: int = 0) -> dict[str, Any]:
+        """How fresh the bank is, for logs and plots. Reads back from the device: call it between epochs.
+
+        Args:
+            step: the current step; an age here is ``step`` minus the step of the row's last write.
+            fill_step: rows last written at or before this step still hold their initial feature.
+
+        Returns:
+            Scalars ``step``, ``rows``, ``written``, ``never_written`` and ``never_refreshed`` (fractions of
+            all rows; the second counts rows of the initial fill too), ``age_mean`` and ``age_max`` (of
+            written rows), ``drift_mean`` and ``drift`` {"q50", "q90", "q99", "max"} (of rows written after
+            ``fill_step``; a quantile is the lower of its two neighbours). None where no row qualifies.
+
+            ``age_histogram`` and ``drift_histogram`` {"edges" fp32 [33], "rows" int64 [32]}; drift has a log
+            scale, and what lies beyond either end counts in the end bin.
+
+            ``per_slide``: ``rows``, ``never_written``, ``never_refreshed``, ``age_mean``, ``age_max`` (-1
+            without a written row) and ``drift`` {...} as CPU tensors [S], NaN where undefined.
+        """
+        return freshness(self.age, self.drift, self.start, self.length, step, fill_step=fill_step)
+
+    # ------------------------------------------------------------------ sampling and encoding
+
+    @torch.no_grad()
+    def sample(self, slides: Tensor, m: int, cycle: Tensor | int, seed: int) -> Tensor:
+        """The live tiles of a visit, so that every tile is live once in ceil(n/m) visits of its slide.
+
+        Visit v takes the next m tiles of a permutation of the slide keyed by (seed, v // ceil(n/m), slide): a
+        pure function of the arguments and n, see :func:`dre_fast.reference.sampling.sample_tiles`.
+
+        Args:
+            slides: int64 [B].
+            m: live tiles a slide, at least 1.
+            cycle: visit number v of each slide, from 0; int or int64 [B].
+            seed: any int.
+
+        Returns:
+            int64 [B, m], distinct tiles of each slide; slots beyond n_s are -1. On the bank's device.
+
+        Raises:
+            ValueError: m < 1, a negative visit, or an unknown slide (named).
+        """
+        slides = self._slide_ids(slides)
+        if m < 1:
+            raise ValueError(f"MemoryBank.sample: m must be at least 1, got {m}")
+        return ops.tiles(self.length[slides], slides, 0, m, m, self._visits(cycle, slides), seed)
+
+    def encode(
+        self,
+        slides: Tensor,
+        tiles: Tensor,
+        live: Tensor,
+        memory: str | int = "full",
+        *,
+        cycle: Tensor | int | None = None,
+        seed: int | None = None,
+        return_counts: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Residual encoding of slides: the live rows with gradient, the bank's rows without.
+
+            V[b, k] = sum over the rows i of slide b nearest to codeword k of (f_i - c_k)
+
+        ``memory="full"``: every written row of the slide, the live ones in place of their stored versions.
+        From the running sums, V = (S - sum of z_old) 2^-24 + sum of f_new - n' C, at a cost that does not
+        grow with n_s (dre_fast's own).
+
+        ``memory=r``, an int: the live rows and up to r others, those that follow the live ones in the
+        permutation of :meth:`sample`. Needs the ``cycle`` and ``seed`` given there, and its m columns in
+        ``tiles``. At most n_s - m other rows exist, and rows never written are left out. (DRE-SLCL, arXiv
+        2511.05034, with a permutation in place of independent draws.)
+
+        ``memory="none"``: the live rows only.
+
+        Args:
+            slides: int64 [B].
+            tiles: int64 [B, m], the tiles of the live rows, no tile twice; -1 leaves a slot out.
+            live: [B, m, D] features, L2-normalised by the caller; fp32, half types (computed in fp32) or
+            float64.
+            return_counts: also return the rows by codeword.
+
+        Returns:
+            V fp32 [B, K, D] (float64 for float64 ``live``), not normalised; with ``return_counts`` also int64
+            [B, K]. The gradient reaches ``live`` only; live rows of left-out slots get zero.
+
+        Raises:
+            ValueError: no codebook yet, wrong shapes, unknown ``memory``, an int without cycle and seed, ids
+                outside the bank or a tile twice (naming slide and tile).
+        """
+        slides, tiles = self._slide_ids(slides), torch.as_tensor(tiles, device=self.payload.device)
+        b, m = slides.shape[0], tiles.shape[-1]
+        if tiles.ndim != 2 or tiles.shape[0] != b or live.shape != (b, m, self.dim):
+            raise ValueError(
+                f"MemoryBank.encode: slides [B], tiles [B, m], live [B, m, {self.dim}] do not fit: got "
+                f"{list(slides.shape)}, {list(tiles.shape)}, {list(live.shape)}"
+            )
+        if self.codebook.shape[0] == 0:
+            raise ValueError(
+                "MemoryBank.encode: no codebook yet; set one with set_codebook(fit_codebook(bank, K)[0])"
+            )
+        if not torch.compiler.is_compiling():
+            checks.check_rows(self.length, slides[:, None].expand(b, m).reshape(-1), tiles.reshape(-1))
+            checks.check_distinct(slides, tiles)
+
+        valid = tiles >= 0
+        if memory == "full":
+            encoded, counts = self._encode_bags(live, valid)
+            with torch.no_grad():
+                others, n_others = ops.rest(
+                    self.payload,
+                    self.scale,
+                    self.code,
+                    self.slide_sums,
+                    self.slide_counts,
+                    self.codebook,
+                    self.start,
+                    slides,
+                    tiles,
+                )
+            encoded, counts = encoded + others.to(encoded.dtype), counts + n_others
+        elif memory == "none":
+            encoded, counts = self._encode_bags(live, valid)
+        elif isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+            if cycle is None or seed is None:
+                raise ValueError("MemoryBank.encode: memory=r needs the cycle and seed given to sample")
+            rows, found = self._retrieve(slides, tiles, memory, self._visits(cycle, slides), seed)
+            encoded, counts = self._encode_bags(
+                torch.cat([live, rows.to(live.dtype)], dim=1), torch.cat([valid, found], dim=1)
+            )
+        else:
+            raise ValueError(
+                f"MemoryBank.encode: memory must be 'full', 'none' or an int r >= 0, got {memory!r}"
+            )
+        return (encoded, counts) if return_counts else encoded
+
+    @torch.no_grad()
+    def _retrieve(
+        self, slides: Tensor, tiles: Tensor, r: int, visit: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Up to r stored rows of each slide: fp32 [B, r, D], and which of them exist, bool [B, r]."""
+        b, m = tiles.shape
+        others = ops.tiles(self.length[slides], slides, m, r, m, visit, seed)
+        rows = self._row_numbers(slides[:, None], others)
+        # only tiles that do not come from sample() can meet their own stored version here
+        live_rows = self._row_numbers(slides[:, None], tiles)
+        bag = torch.arange(b, device=tiles.device)[:, None] * max(self.payload.shape[0], 1)
+        found = (rows >= 0) & (self.age[rows.clamp(min=0)] >= 0)
+        found &= ~torch.isin(bag + rows.clamp(min=0), torch.where(live_rows >= 0, bag + live_rows, -1))
+        return ops.read(self.payload, self.scale, rows.reshape(-1), self.dim).view(b, r, self.dim), found
+
+    def _encode_bags(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Hard residual encoding of rows [B, q, D] where valid [B, q]: V [B, K, D], counts int64 [B, K]."""
+        b, q = valid.shape
+        # Shapes must not depend on the data: rows left out move to the end, past the last bag.
+        order = torch.argsort((~valid).reshape(-1), stable=True)
+        cu = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
+        x = rows.reshape(b * q, -1)
+        x = x if x.dtype == torch.float64 else x.float()
+        encoded, counts, _ = hard_encode(x[order], self.codebook.to(x.dtype), cu)
+        return encoded, counts
+
+    # ------------------------------------------------------------------ files and state dicts
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank to one safetensors file; its metadata name format, version, dtype, dim and sizes.
+
+        The file appears whole or not at all, and no second copy of the rows is made in memory.
+
+        Raises:
+            OSError: disk full, no permission ...; an older file of that name is untouched.
+        """
+        about = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dim": str(self.dim),
+            "slides": str(self.num_slides),
+            "rows": str(self.payload.shape[0]),
+            "codewords": str(self.codebook.shape[0]),
+        }
+        bank_io.write_tables(path, {name: getattr(self, name) for name in checks.TABLES}, about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> MemoryBank:
+        """Read a bank saved by :meth:`save`.
+
+        Args:
+            device: where to put it (default: the current default device).
+            dtype: row format; another one than the file's converts the stored rows, codes them again and
+                rebuilds the sums. Ages and drifts are kept.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, cut short, or too large for the free memory; names the file.
+        """
+        tables, _ = bank_io.read_tables(path)
+        bank = cls([], tables["codebook"].shape[1], dtype=dtype or tables["payload"].dtype, device=device)
+        bank._adopt(tables)
+        return bank
+
+    # ------------------------------------------------------------------ helpers
+
+    def _rows(self, slides: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ids as int64 [R] on the bank's device."""
+        device = self.payload.device
+        slides, tiles = torch.broadcast_tensors(
+            torch.as_tensor(slides, device=device), torch.as_tensor(tiles, device=device)
+        )
+        if tiles.ndim != 1 or tiles.is_floating_point() or slides.is_floating_point():
+            raise ValueError(
+                f"MemoryBank: slides and tiles must be integers [R], got {slides.dtype} and {tiles.dtype} "
+                f"{list(tiles.shape)}"
+            )
+        return slides.to(torch.int64), tiles.to(torch.int64)
+
+    def _slide_ids(self, slides: Tensor) -> Tensor:
+        slides = torch.as_tensor(slides, device=self.payload.device)
+        if slides.ndim != 1 or slides.is_floating_point():
+            raise ValueError(
+                f"MemoryBank: slides must be integers [B], got {slides.dtype} {list(slides.shape)}"
+            )
+        slides = slides.to(torch.int64)
+        if not torch.compiler.is_compiling():
+            checks.check_slides(self.length, slides)
+        return slides
+
+    def _visits(self, cycle: Tensor | int, slides: Tensor) -> Tensor:
+        visit = torch.as_tensor(cycle, dtype=torch.int64, device=slides.device).expand_as(slides)
+        if not torch.compiler.is_compiling() and bool((visit < 0).any()):
+            raise ValueError(f"MemoryBank: cycle (the visit number) counts from 0, got {int(visit.min())}")
+        return visit
+
+    def _row_numbers(self, slides: Tensor, tiles: Tensor) -> Tensor:
+        """start + tile, or -1 where an id is negative; broadcasts."""
+        if self.num_slides == 0:
+            return torch.full_like(tiles, -1)
+        return torch.where((slides >= 0) & (tiles >= 0), self.start[slides.clamp(min=0)] + tiles, -1)

@@ -1,0 +1,320 @@
+"""The tables of the memory bank: their layout, how slides come and go, codebook and sums, state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dre_fast.nn import bank_checks as checks
+from dre_fast.ops import bank as ops
+from dre_fast.reference.bank import assign_codes
+from dre_fast.reference.fixed_point import accumulate_
+from dre_fast.reference.quantize import has_scale, padded_dim, quantize, row_dtype
+
+_CHUNK = 16384  # rows worked on at a time when the whole bank is gone through
+
+
+class BankTables(nn.Module):
+    """The buffers of :class:`~dre_fast.MemoryBank` (layout: its docstring) and what keeps them consistent."""
+
+    payload: Tensor
+    scale: Tensor
+    code: Tensor
+    age: Tensor
+    drift: Tensor
+    start: Tensor
+    length: Tensor
+    slide_sums: Tensor
+    slide_counts: Tensor
+    codebook: Tensor
+
+    def __init__(
+        self,
+        tiles_per_slide: Sequence[int] | Tensor,
+        dim: int,
+        *,
+        codebook: Tensor | None = None,
+        dtype: str | torch.dtype = "int8",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"MemoryBank: dim must be at least 1, got {dim}")
+        row = row_dtype(dtype)
+        place = torch.empty(0, device=device).device
+        lengths = _lengths(tiles_per_slide)
+        known = torch.zeros(0, dim) if codebook is None else checks.check_codebook(codebook, dim)
+        rows, slides, k = int(lengths.sum()), lengths.shape[0], known.shape[0]
+        checks.check_fits(rows, dim, row, slides, k, place)
+
+        tables = _blank_rows(rows, dim, row, place)
+        tables["start"] = (lengths.cumsum(0) - lengths).to(place)
+        tables["length"] = lengths.to(place)
+        tables["slide_sums"] = torch.zeros(slides, k, dim, dtype=torch.int64, device=place)
+        tables["slide_counts"] = torch.zeros(slides, k, dtype=torch.int64, device=place)
+        tables["codebook"] = known.to(place, copy=True)
+        for name in checks.TABLES:
+            self.register_buffer(name, tables[name])
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.codebook.shape[1]
+
+    @property
+    def num_slides(self) -> int:
+        """Slide ids given out so far, removed ones included."""
+        return self.start.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Row format."""
+        return self.payload.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(getattr(self, name).nbytes for name in checks.TABLES)
+
+    def extra_repr(self) -> str:
+        return (
+            f"slides={self.num_slides}, rows={self.payload.shape[0]}, dim={self.dim}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, codewords={self.codebook.shape[0]}, "
+            f"{self.nbytes / 1e6:,.1f} MB"
+        )
+
+    # ------------------------------------------------------------------ codebook and sums
+
+    @torch.no_grad()
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Take a (new) codebook [K, D]: every written row gets its code again, and the sums are rebuilt.
+
+        Raises:
+            ValueError: wrong shape, more than 32767 codewords, a codeword that is not finite, or no memory
+                for the sums of a larger K.
+        """
+        codebook = checks.check_codebook(codebook, self.dim)
+        k = codebook.shape[0]
+        if k != self.codebook.shape[0]:
+            holds = checks.table_bytes(
+                self.payload.shape[0], self.dim, self.dtype, self.num_slides, self.codebook.shape[0]
+            )
+            self._check_fits(self.payload.shape[0], self.num_slides, k, holds=holds)
+            self.slide_sums = self.slide_sums.new_zeros(self.num_slides, k, self.dim)
+            self.slide_counts = self.slide_counts.new_zeros(self.num_slides, k)
+            self.codebook = codebook.to(self.payload.device, copy=True)
+        else:
+            self.codebook.copy_(codebook)
+        self._recode()
+
+    @torch.no_grad()
+    def rebuild(self) -> None:
+        """Recompute sums and counts from the stored rows and codes; their bits do not change."""
+        self.slide_sums.zero_()
+        self.slide_counts.zero_()
+        for slide, rows in self._row_chunks(_CHUNK):
+            code = self.code[rows]
+            coded = code >= 0
+            stored = ops.read(self.payload, self.scale, rows[coded], self.dim)
+            accumulate_(self.slide_sums, self.slide_counts, slide[coded], code[coded], stored)
+
+    def _recode(self) -> None:
+        for _, rows in self._row_chunks(_CHUNK):
+            self.code[rows] = assign_codes(ops.read(self.payload, self.scale, rows, self.dim), self.codebook)
+        self.rebuild()
+
+    # ------------------------------------------------------------------ slides come and go
+
+    def add_slide(self, tiles: int) -> int:
+        """Add a slide of ``tiles`` unwritten rows; returns its id. :meth:`add_slides` adds many at once."""
+        return self.add_slides([tiles])[0]
+
+    @torch.no_grad()
+    def add_slides(self, tiles_per_slide: Sequence[int] | Tensor) -> list[int]:
+        """Add slides of unwritten rows; returns their ids.
+
+        A slide goes into the first gap left by removed slides that is large enough; otherwise the tables grow
+        by copying. Ids and rows of the other slides stay as they are.
+
+        Raises:
+            ValueError: a slide without tiles, or more memory needed than is free.
+        """
+        lengths = _lengths(tiles_per_slide, first=self.num_slides).tolist()
+        gaps, rows = self._gaps()
+        starts = []
+        for n in lengths:
+            for gap in gaps:
+                if gap[1] >= n:
+                    starts.append(gap[0])
+                    gap[0], gap[1] = gap[0] + n, gap[1] - n
+                    break
+            else:
+                starts.append(rows)
+                rows += n
+        s, k, new_rows = self.num_slides, self.codebook.shape[0], rows - self.payload.shape[0]
+        self._check_fits(rows, s + len(lengths), k)  # the old tables stay until the new ones are filled
+        if new_rows:
+            for name, blank in _blank_rows(new_rows, self.dim, self.dtype, self.payload.device).items():
+                setattr(self, name, torch.cat([getattr(self, name), blank]))
+        more = {"start": starts, "length": lengths}
+        for name, values in more.items():
+            table = getattr(self, name)
+            setattr(self, name, torch.cat([table, torch.tensor(values, dtype=torch.int64).to(table.device)]))
+        for name in ("slide_sums", "slide_counts"):
+            table = getattr(self, name)
+            setattr(self, name, torch.cat([table, table.new_zeros(len(lengths), *table.shape[1:])]))
+        return list(range(s, s + len(lengths)))
+
+    @torch.no_grad()
+    def remove_slide(self, slide: int) -> None:
+        """Forget a slide. Its id is never used again; its rows become a gap that :meth:`add_slides` fills.
+
+        Raises:
+            ValueError: no such slide.
+        """
+        slab = self._slab(slide)
+        for name, value in _BLANK.items():
+            table = getattr(self, name)
+            if table.shape[0]:
+                table[slab] = value
+        self.slide_sums[slide] = 0
+        self.slide_counts[slide] = 0
+        self.start[slide] = 0
+        self.length[slide] = 0
+
+    def _gaps(self) -> tuple[list[list[int]], int]:
+        """Free runs of rows as [first, rows], and the number of rows in all."""
+        start, length = self.start.cpu(), self.length.cpu()
+        used = length > 0
+        first, order = start[used].sort()
+        end = first + length[used][order]
+        edges_from = [0, *end.tolist()]
+        edges_to = [*first.tolist(), self.payload.shape[0]]
+        return [[a, z - a] for a, z in zip(edges_from, edges_to) if z > a], self.payload.shape[0]
+
+    # ------------------------------------------------------------------ state dicts and devices
+
+    @torch.no_grad()
+    def _adopt(self, tables: Mapping[str, Tensor]) -> None:
+        """Take over checked tables of any size, converting the rows when their format differs."""
+        rows, k, device = tables["payload"].shape[0], tables["codebook"].shape[0], self.payload.device
+        self._check_fits(rows, tables["start"].shape[0], k, holds=self.nbytes)
+        convert = tables["payload"].dtype != self.dtype
+        for name in checks.TABLES:
+            mine, theirs = getattr(self, name), tables[name]
+            if convert and name in ("payload", "scale"):
+                continue
+            if mine.shape == theirs.shape and mine.dtype == theirs.dtype:
+                mine.copy_(theirs)
+            else:
+                setattr(self, name, theirs.to(device, copy=True))
+        if not convert:
+            return
+        blank = _blank_rows(rows, self.dim, self.dtype, device)
+        self.payload, self.scale = blank["payload"], blank["scale"]
+        for _, number in self._row_chunks(_CHUNK):
+            there = number.to(tables["payload"].device)
+            stored = ops.read(tables["payload"], tables["scale"], there, self.dim).to(device)
+            self.payload[number, : self.dim], scale = quantize(stored, self.dtype)
+            if has_scale(self.dtype):
+                self.scale[number] = scale
+        self._recode()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads a bank of any size and row format; a state dict with the codebook alone sets the codebook."""
+        found = {name: state_dict[prefix + name] for name in checks.TABLES if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in checks.TABLES if name not in found)
+        if strict:
+            ours = {prefix + name for name in checks.TABLES}
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in ours)
+        if not found:
+            return
+        only_codebook = set(found) == {"codebook"}
+        problem = None if only_codebook else checks.table_problem(found)
+        if problem is None and found["codebook"].shape[1:] != (self.dim,):
+            problem = f"codebook {list(found['codebook'].shape)}, but this bank has D = {self.dim}"
+        if problem is None:
+            try:
+                if not only_codebook:
+                    self._adopt(found)
+                elif found["codebook"].shape[0]:
+                    self.set_codebook(found["codebook"])
+            except ValueError as error:
+                problem = str(error)
+        if problem is not None:
+            error_msgs.append(f"{prefix.rstrip('.') or 'MemoryBank'}: {problem}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankTables:
+        # model.half() and the like must not change what the tables mean: only the device follows
+        for name, table in self._buffers.items():
+            if table is not None:
+                moved = fn(table)
+                self._buffers[name] = moved if moved.dtype == table.dtype else table.to(moved.device)
+        return self
+
+    # ------------------------------------------------------------------ helpers
+
+    def _check_fits(self, rows: int, slides: int, codewords: int, holds: int = 0) -> None:
+        checks.check_fits(rows, self.dim, self.dtype, slides, codewords, self.payload.device, holds=holds)
+
+    def _known(self, slide: int) -> int:
+        checks.check_slides(self.length, torch.tensor([slide], device=self.length.device))
+        return slide
+
+    def _slab(self, slide: int) -> slice:
+        start, n = int(self.start[self._known(slide)]), int(self.length[slide])
+        return slice(start, start + n)
+
+    def _row_chunks(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(slide [c], row number [c]) of the written rows in slide order, from ``chunk`` rows at a time."""
+        ends = self.length.cumsum(0)
+        total = int(ends[-1]) if self.num_slides else 0
+        for first in range(0, total, chunk):
+            index = torch.arange(first, min(first + chunk, total), device=ends.device)
+            slide = torch.searchsorted(ends, index, right=True)
+            rows = self.start[slide] + index - (ends - self.length)[slide]
+            written = self.age[rows] >= 0
+            yield slide[written], rows[written]
+
+
+# What a row holds before it is written.
+_BLANK: dict[str, float] = {"payload": 0, "scale": 0, "code": -1, "age": -1, "drift": 0}
+
+
+def _blank_rows(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {
+        "payload": torch.zeros(rows, padded_dim(dim, dtype), dtype=dtype, device=device),
+        "scale": torch.zeros(rows if has_scale(dtype) else 0, device=device),
+        "code": torch.full((rows,), -1, dtype=torch.int16, device=device),
+        "age": torch.full((rows,), -1, dtype=torch.int32, device=device),
+        "drift": torch.zeros(rows, device=device),
+    }
+
+
+def _lengths(tiles_per_slide: Sequence[int] | Tensor, first: int = 0) -> Tensor:
+    lengths = torch.as_tensor(tiles_per_slide).cpu().reshape(-1)
+    if lengths.numel() and lengths.is_floating_point():
+        raise ValueError("MemoryBank: tiles_per_slide must be integers")
+    lengths = lengths.to(torch.int64)
+    empty = (lengths < 1).nonzero()
+    if len(empty):
+        slide = int(empty[0, 0])
+        raise ValueError(
+            f"MemoryBank: slide {first + slide} has {int(lengths[slide])} tiles; every slide needs at "
+            "least one (leave slides without tissue out)"
+        )
+    return lengths

@@ -1,0 +1,121 @@
+"""Registered operations of the memory bank, and the choice of what runs them.
+
+``bank_write`` runs in C++ on the CPU, and in CUDA where that part was built; without them, and for every
+other operation here, the reference runs. Storage layout and formulas: :mod:`dre_fast.reference.bank`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dre_fast.ops import native
+from dre_fast.reference import bank as reference
+from dre_fast.reference import sampling
+
+NAMES = ("bank_write", "bank_read", "bank_rest", "bank_tiles")
+
+_lib = torch.library.Library("dre_fast", "FRAGMENT")
+_lib.define(
+    "bank_write(Tensor(a!) payload, Tensor(b!) scale, Tensor(c!) code, Tensor(d!) age, Tensor(e!) drift, "
+    "Tensor(f!) sums, Tensor(g!) counts, Tensor codebook, Tensor start, Tensor rows_slide, Tensor rows_tile, "
+    "Tensor features, SymInt step) -> ()"
+)
+_lib.define("bank_read(Tensor payload, Tensor scale, Tensor rows, SymInt dim) -> Tensor")
+_lib.define(
+    "bank_rest(Tensor payload, Tensor scale, Tensor code, Tensor sums, Tensor counts, Tensor codebook, "
+    "Tensor start, Tensor slides, Tensor tiles) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "bank_tiles(Tensor lengths, Tensor slides, SymInt first, SymInt count, SymInt m, Tensor cycle, "
+    "SymInt seed) -> Tensor"
+)
+
+
+def backend(name: str, device: torch.device | str = "cpu") -> str:
+    """What runs an operation on a device: "C++", "CUDA" or "reference".
+
+    Args:
+        name: one of :data:`NAMES`.
+        device: where the bank lies.
+
+    Raises:
+        ValueError: no such operation.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no bank operation is called {name!r}")
+    kind = torch.device(device).type
+    if name == "bank_write" and kind == "cpu" and native.available():
+        return "C++"
+    if name == "bank_write" and kind == "cuda" and native.cuda_available():
+        return "CUDA"
+    return "reference"
+
+
+@torch.library.impl(_lib, "bank_write", "CompositeExplicitAutograd")
+def _write(payload: Tensor, *others: Any) -> None:
+    if backend("bank_write", payload.device) == "reference":
+        reference.write(payload, *others)
+    else:
+        torch.ops.dre_fast_native.bank_write.default(payload, *others)
+
+
+@torch.library.register_fake("dre_fast::bank_write", lib=_lib)
+def _write_fake(*_: Any) -> None:
+    return None
+
+
+torch.library.impl(_lib, "bank_read", "CompositeExplicitAutograd")(reference.read)
+
+
+@torch.library.register_fake("dre_fast::bank_read", lib=_lib)
+def _read_fake(payload: Tensor, scale: Tensor, rows: Tensor, dim: int) -> Tensor:
+    return payload.new_empty(rows.shape[0], dim, dtype=torch.float32)
+
+
+torch.library.impl(_lib, "bank_rest", "CompositeExplicitAutograd")(reference.rest)
+
+
+@torch.library.register_fake("dre_fast::bank_rest", lib=_lib)
+def _rest_fake(
+    payload: Tensor,
+    scale: Tensor,
+    code: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    codebook: Tensor,
+    start: Tensor,
+    slides: Tensor,
+    tiles: Tensor,
+) -> tuple[Tensor, Tensor]:
+    b, (k, d) = slides.shape[0], codebook.shape
+    return payload.new_empty(b, k, d, dtype=torch.float64), payload.new_empty(b, k, dtype=torch.int64)
+
+
+torch.library.impl(_lib, "bank_tiles", "CompositeExplicitAutograd")(sampling.tiles_at)
+
+
+@torch.library.register_fake("dre_fast::bank_tiles", lib=_lib)
+def _tiles_fake(
+    lengths: Tensor, slides: Tensor, first: int, count: int, m: int, cycle: Tensor, seed: int
+) -> Tensor:
+    return lengths.new_empty(slides.shape[0], count)
+
+
+# Bound once: looking an overload up costs as much as the dispatch itself.
+write = torch.ops.dre_fast.bank_write.default
+read = torch.ops.dre_fast.bank_read.default
+rest = torch.ops.dre_fast.bank_rest.default
+_tiles = torch.ops.dre_fast.bank_tiles.default
+
+
+def tiles(
+    lengths: Tensor, slides: Tensor, first: int, count: int, m: int, cycle: Tensor | int, seed: int
+) -> Tensor:
+    """:func:`dre_fast.reference.sampling.tiles_at` as a registered operation."""
+    visit = cycle if isinstance(cycle, Tensor) else torch.full_like(slides, cycle)
+    # the key takes the seed modulo 2^64; the operator's argument is a signed 64-bit integer
+    signed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    return _tiles(lengths, slides, first, count, m, visit, signed)
