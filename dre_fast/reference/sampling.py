@@ -10,7 +10,7 @@ The bijection, all arithmetic modulo 2^32:
     key:      h = 0x9E3779B9
               for w in (seed_lo, seed_hi, pass_lo, pass_hi, slide_lo, slide_hi):  h = mix(h + w) + 0x9E3779B9
     round i:  k_i = mix(h + (i + 1) * 0x9E3779B9),  i = 0..5
-    Feistel over b = bit_length(n - 1) bits, high part H of b // 2 bits, low part L of b - b // 2 bits:
+    Feistel over b = max(bit_length(n - 1), 6) bits, high part H of b // 2 bits, low part L of the rest:
               even i:  L ^= mix(H + k_i) mod 2^|L|      odd i:  H ^= mix(L + k_i) mod 2^|H|
     walk:     y = feistel(position);  while y >= n:  y = feistel(y)
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 6
+MIN_BITS = 6  # six rounds over fewer bits reach some orders three times as often as others
 MAX_ROWS = 1 << 32
 _GOLDEN = 0x9E3779B9
 _U32 = 0xFFFFFFFF
@@ -74,7 +75,9 @@ def permute(
     positions, n, cycle, slide = torch.broadcast_tensors(
         positions, _as_index(n, positions), _as_index(cycle, positions), _as_index(slide, positions)
     )
-    bits = ((n - 1).clamp(min=0)[..., None] >> torch.arange(33, device=n.device) > 0).sum(-1)
+    bits = (
+        ((n - 1).clamp(min=0)[..., None] >> torch.arange(33, device=n.device) > 0).sum(-1).clamp(min=MIN_BITS)
+    )
     high = bits // 2
     low = bits - high
     high_mask, low_mask = (1 << high) - 1, (1 << low) - 1
@@ -82,7 +85,7 @@ def permute(
     keys = [_mix((key + ((i + 1) * _GOLDEN)) & _U32) for i in range(ROUNDS)]
 
     y = positions
-    todo = (positions >= 0) & (positions < n)
+    todo = (positions >= 0) & (positions < n) & (n > 1)  # one element: nothing to walk
     while True:
         h, l = y >> low, y & low_mask
         for i, k in enumerate(keys):
