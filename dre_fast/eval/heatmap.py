@@ -1,0 +1,258 @@
+"""Maps over a slide's thumbnail: which codeword each tile belongs to, and what each tile adds to a logit."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dre_fast.data.tiling import Tiling
+from dre_fast.eval.figures import INK, MUTED, new_figure, save_figure
+
+Image = NDArray[np.uint8]
+_LEGEND_ROWS = 16
+
+
+def contributions(gradient: Tensor, rows: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """First-order contribution of each tile to a scalar: <d scalar / d V_k, x_i - c_k> with k = a_i.
+
+    V_k is the sum of x_i - c_k over the tiles of codeword k (DRE-SLCL, arXiv 2511.05034, residual encoding),
+    so the contributions of a slide sum to <gradient, V>, the first-order term of the scalar at V.
+
+    Args:
+        gradient: float [K, D], d scalar / d V. rows: float [N, D], tile features as they were encoded.
+        codebook: float [K, D]. codes: int64 [N]; -1 = no codeword, contribution 0.
+
+    Returns:
+        [N], in the dtype of `rows`, at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if gradient.shape != codebook.shape or rows.ndim != 2 or rows.shape[1:] != codebook.shape[1:]:
+        raise ValueError(
+            f"need gradient [K, D], rows [N, D] and codebook [K, D], got {list(gradient.shape)}, "
+            f"{list(rows.shape)} "
+            f"and {list(codebook.shape)}"
+        )
+    if codes.shape != rows.shape[:1]:
+        raise ValueError(f"codes must be [{len(rows)}] for {len(rows)} tiles, got {list(codes.shape)}")
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    g, c = gradient.to(dtype), codebook.to(dtype)
+    known = codes >= 0
+    k = codes.clamp(min=0)
+    # <g_k, x - c_k> = (x G^T)_k - <g_k, c_k>: one product instead of a gathered [N, D] copy of the gradient.
+    value = (rows.to(dtype) @ g.T).gather(1, k[:, None])[:, 0] - (g * c).sum(1)[k]
+    return torch.where(known, value, torch.zeros_like(value))
+
+
+def draw_codewords(
+    path: str | os.PathLike[str],
+    thumbnail: Image,
+    tiling: Tiling,
+    codes: Tensor,
+    codewords: int,
+    *,
+    title: str | None = None,
+    outline: Tensor | None = None,
+) -> Path:
+    """Writes a picture of the thumbnail beside the same with every tile in the colour of its codeword.
+
+    Args:
+        path: file to write; its suffix decides the format (.png).
+        thumbnail: uint8 [h, w, 3] of the whole slide.
+        tiling: the slide's tiles, N of them.
+        codes: int64 [N] in [-1, codewords); -1 is left uncoloured.
+        codewords: K; a codeword has the same colour on every slide of one K.
+        title: over the picture; None: the slide's name.
+        outline: bool [N], tiles to draw a frame around, such as annotated ones.
+
+    Raises:
+        ValueError: values that do not fit the tiling, or a tiling without slide dimensions.
+    """
+    codes = codes.detach().cpu()
+    if len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < codewords:
+        raise ValueError(f"codes must lie in [-1, {codewords}), got {int(codes.min())} to {int(codes.max())}")
+    colours = codeword_colours(codewords)
+    shown = codes.numpy()
+    placed = colours[np.clip(shown, 0, None)]
+    overlay = _overlay(thumbnail, tiling, placed, shown >= 0)
+    counts = np.bincount(shown[shown >= 0], minlength=codewords)
+
+    figure, axes = _two_panels(thumbnail, title or tiling.slide_id)
+    axes.imshow(_blend(thumbnail, overlay, 0.62), interpolation="nearest")
+    _outline(axes, thumbnail, tiling, outline)
+    largest = np.argsort(-counts, kind="stable")[:_LEGEND_ROWS]
+    handles, labels = [], []
+    from matplotlib.patches import Patch
+
+    for k in largest:
+        if counts[k]:
+            handles.append(Patch(facecolor=colours[k], edgecolor="none"))
+            labels.append(f"{k}: {100 * counts[k] / max(1, counts.sum()):.0f} %")
+    more = int((counts > 0).sum()) - len(handles)
+    if more > 0:
+        handles.append(Patch(facecolor="none", edgecolor="none"))
+        labels.append(f"+ {more} more")
+    legend = axes.legend(
+        handles,
+        labels,
+        title="codeword: tiles",
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+    )
+    legend.get_title().set_color(MUTED)
+    return save_figure(figure, path)
+
+
+def draw_contributions(
+    path: str | os.PathLike[str],
+    thumbnail: Image,
+    tiling: Tiling,
+    values: Tensor,
+    *,
+    title: str | None = None,
+    label: str = "contribution to the logit",
+    outline: Tensor | None = None,
+) -> Path:
+    """Writes a picture of the thumbnail beside the same with every tile coloured by a signed value.
+
+    The scale is symmetric about zero, red for positive and blue for negative; it ends at the 99.5th
+    percentile of the absolute values, so that one tile cannot wash out the rest.
+
+    Args:
+        path: file to write; its suffix decides the format (.png).
+        thumbnail: uint8 [h, w, 3] of the whole slide.
+        tiling: the slide's tiles, N of them.
+        values: float [N]; overlapping tiles are averaged.
+        title: over the picture; None: the slide's name.
+        label: of the colour bar.
+        outline: bool [N], tiles to draw a frame around, such as annotated ones.
+
+    Raises:
+        ValueError: values that are not finite (the tile is named) or do not fit the tiling.
+    """
+    v = values.detach().cpu().double().numpy()
+    if not np.isfinite(v).all():
+        tile = int(np.nonzero(~np.isfinite(v))[0][0])
+        raise ValueError(
+            f"slide {tiling.slide_id!r}: the value of tile {tile} is {v[tile]}; it must be finite"
+        )
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    limit = float(np.quantile(np.abs(v), 0.995)) if len(v) else 0.0
+    limit = limit or float(np.abs(v).max(initial=0.0)) or 1.0
+    scale = ScalarMappable(Normalize(-limit, limit), colormaps["RdBu_r"])
+    overlay = _overlay(thumbnail, tiling, v[:, None], np.ones(len(v), dtype=bool))
+    colour = np.asarray(scale.to_rgba(overlay[..., 0]), dtype=np.float64)
+    colour[..., 3] = overlay[..., 1]
+
+    figure, axes = _two_panels(thumbnail, title or tiling.slide_id)
+    # Grey tissue underneath: its own pink would read as a positive value.
+    grey = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
+    axes.imshow(_blend(grey, colour, 0.72), interpolation="nearest")
+    _outline(axes, thumbnail, tiling, outline)
+    clipped = "both" if len(v) and np.abs(v).max() > limit else "neither"
+    bar = figure.colorbar(scale, ax=axes, fraction=0.04, pad=0.02, extend=clipped)
+    bar.set_label(label, fontsize=8, color=MUTED)
+    bar.ax.tick_params(labelsize=7, colors=MUTED)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return save_figure(figure, path)
+
+
+def codeword_colours(codewords: int) -> NDArray[np.float64]:
+    """K colours that differ as far as K allows, the same for the same K: float64 [K, 3] in [0, 1]."""
+    golden = 0.61803398875
+    tones = (
+        (0.80, 0.55),
+        (0.95, 0.85),
+        (0.65, 0.35),
+    )  # (saturation, value) cycles, so neighbours in hue differ
+    return np.array(
+        [colorsys.hsv_to_rgb((0.08 + k * golden) % 1.0, *tones[k % len(tones)]) for k in range(codewords)]
+    ).reshape(codewords, 3)
+
+
+def _two_panels(thumbnail: Image, title: str):  # type: ignore[no-untyped-def]
+    """A figure with the plain thumbnail on the left; returns it and the axes on the right."""
+    height, width = thumbnail.shape[:2]
+    panel = 4.6
+    figure = new_figure(2 * panel + 1.0, min(9.0, max(2.4, panel * height / width)) + 0.35)
+    plain, axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.0, 1.12)})
+    plain.imshow(thumbnail, interpolation="lanczos")
+    for each in (plain, axes):
+        each.set_xticks([])
+        each.set_yticks([])
+        for spine in each.spines.values():
+            spine.set_color("#d5d9de")
+    figure.suptitle(title, fontsize=10, color=INK)
+    return figure, axes
+
+
+def _boxes(thumbnail: Image, tiling: Tiling) -> NDArray[np.int64]:
+    """Tile rectangles in thumbnail pixels: int64 [N, 4] as (x0, y0, x1, y1), at least one pixel each."""
+    if thumbnail.ndim != 3 or thumbnail.shape[2] != 3:
+        raise ValueError(f"thumbnail must be uint8 [h, w, 3], got {list(thumbnail.shape)}")
+    if tiling.dimensions is None:
+        raise ValueError(
+            f"slide {tiling.slide_id!r}: its coordinates do not tell the slide's size, which a map needs; "
+            f"tile it again "
+            "with `dre-fast tile`"
+        )
+    scale = np.array(thumbnail.shape[1::-1]) / np.array(tiling.dimensions)
+    first = np.floor(tiling.coords * scale + 1e-6).astype(np.int64)
+    last = np.floor((tiling.coords + tiling.tile_size_level0) * scale + 1e-6).astype(np.int64)
+    return np.concatenate([first, np.maximum(last, first + 1)], axis=1)
+
+
+def _overlay(
+    thumbnail: Image, tiling: Tiling, values: NDArray[np.float64], shown: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Per-tile values [N, c] painted into an image [h, w, c + 1]; the last channel is 1 where there is a
+    tile."""
+    if len(values) != len(tiling.coords):
+        raise ValueError(
+            f"slide {tiling.slide_id!r}: {len(values)} values for {len(tiling.coords)} tiles; they must be "
+            f"of one tiling"
+        )
+    total = np.zeros((*thumbnail.shape[:2], values.shape[1] + 1))
+    for (x0, y0, x1, y1), value, there in zip(_boxes(thumbnail, tiling), values, shown):
+        if there:
+            total[y0:y1, x0:x1, :-1] += value
+            total[y0:y1, x0:x1, -1] += 1
+    count = total[..., -1:]
+    total[..., :-1] /= np.maximum(count, 1)
+    total[..., -1:] = np.minimum(count, 1)
+    return total
+
+
+def _blend(base: Image, overlay: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """RGB in [0, 1]: the overlay's colour (channels 0-2) at `alpha` where its last channel is set."""
+    cover = overlay[..., -1:] * alpha
+    return base / 255.0 * (1 - cover) + overlay[..., :3] * cover
+
+
+def _outline(axes, thumbnail: Image, tiling: Tiling, outline: Tensor | None) -> None:  # type: ignore[no-untyped-def]
+    if outline is None:
+        return
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    marked = outline.detach().cpu().numpy().astype(bool)
+    frames = [
+        Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0)
+        for x0, y0, x1, y1 in _boxes(thumbnail, tiling)[marked]
+    ]
+    axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor=INK, linewidth=0.7))

@@ -1,0 +1,161 @@
+"""Curves of a run, from its metrics log."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dre_fast.eval.figures import INK, MUTED, PALETTE, new_figure, save_figure, tidy
+
+Log = Sequence[Mapping[str, Any]]
+
+
+def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
+    """Draws training loss, validation loss and the validation AUC of each task, one line a run.
+
+    Args:
+        path: file to write; its suffix decides the format (.png, .pdf, .svg).
+        logs: run name -> lines of its metrics.jsonl. Lines of kind "step" have step and loss; lines of kind
+            "epoch" have epoch and, where the run was validated, val_loss and val_auc_TASK.
+
+    Raises:
+        ValueError: no run, or no line of kind "step" in any of them.
+    """
+    if not any(record.get("kind") == "step" for log in logs.values() for record in log):
+        raise ValueError("the metrics logs hold no training step to draw")
+    keys = [
+        key
+        for key in dict.fromkeys(k for log in logs.values() for record in log for k in record)
+        if key == "val_loss" or key.startswith("val_auc_")
+    ]
+    panels = [("step", "loss"), *(("epoch", key) for key in keys)]
+    figure, axes = _panels(len(panels))
+    for axis, (kind, key) in zip(axes, panels):
+        for (name, log), colour in zip(logs.items(), _colours(len(logs))):
+            x, y = _series(log, kind, "epoch" if kind == "epoch" else "step", key)
+            if not len(x):
+                continue
+            if kind == "step":
+                axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
+                axis.plot(x, _smoothed(y), color=colour, linewidth=1.8, label=name)
+            else:
+                axis.plot(x + 1, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+        axis.set_xlabel(kind, fontsize=8, color=MUTED)
+        axis.set_title(_title(key), fontsize=9, color=INK, loc="left")
+        if key.startswith("val_auc_"):
+            axis.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+            axis.set_ylim(top=1.02)
+        tidy(axis)
+    if len(logs) > 1:
+        axes[0].legend(fontsize=8, frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_staleness(
+    path: str | os.PathLike[str], log: Log, *, statistics: Mapping[str, Any] | None = None
+) -> Path:
+    """Draws how old the rows of the memory bank are and how far features move when they are refreshed.
+
+    Args:
+        path: file to write; its suffix decides the format.
+        log: lines of a metrics.jsonl; lines of kind "epoch" have bank_age_mean, bank_age_max,
+            bank_never_refreshed, bank_drift_mean and quantiles bank_drift_*.
+        statistics: what `MemoryBank.statistics()` gives; adds the histogram of ages.
+
+    Raises:
+        ValueError: no line of kind "epoch" with statistics of the bank.
+    """
+    if not any(record.get("kind") == "epoch" and "bank_age_mean" in record for record in log):
+        raise ValueError(
+            "the metrics log holds no statistics of the memory bank to draw (lines of kind 'epoch')"
+        )
+    figure, axes = _panels(4 if statistics else 3)
+    groups = (
+        ("age of rows, steps", [("mean", "bank_age_mean"), ("oldest", "bank_age_max")]),
+        ("drift when refreshed, 1 - cos", _drift_keys(log)),
+        ("rows still from the first fill", [("", "bank_never_refreshed")]),
+    )
+    for axis, (title, lines) in zip(axes, groups):
+        drawn = 0
+        for (name, key), colour in zip(lines, _colours(len(lines))):
+            x, y = _series(log, "epoch", "epoch", key)
+            if len(x):
+                axis.plot(x + 1, y, color=colour, linewidth=1.8, label=name)
+                drawn += 1
+            if "drift" in key and len(y) and y.min() > 0:
+                axis.set_yscale("log")
+        axis.set_title(title, fontsize=9, color=INK, loc="left")
+        axis.set_xlabel("epoch", fontsize=8, color=MUTED)
+        if drawn > 1:
+            axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    axes[2].set_ylim(0, 1)
+    if statistics:
+        histogram = statistics["age_histogram"]
+        edges, rows = (np.asarray(histogram[name], dtype=float) for name in ("edges", "rows"))
+        axes[3].bar(edges[:-1], rows, width=np.diff(edges), align="edge", color=PALETTE[0])
+        axes[3].set_title("ages at the end, rows", fontsize=9, color=INK, loc="left")
+        axes[3].set_xlabel("steps since written", fontsize=8, color=MUTED)
+        tidy(axes[3])
+    return save_figure(figure, path)
+
+
+def _drift_keys(log: Log) -> list[tuple[str, str]]:
+    found = dict.fromkeys(
+        key
+        for record in log
+        if record.get("kind") == "epoch"
+        for key in record
+        if key.startswith("bank_drift_")
+    )
+    return [(key.removeprefix("bank_drift_"), key) for key in found]
+
+
+def _panels(count: int):  # type: ignore[no-untyped-def]
+    """A figure of `count` panels in rows of at most four."""
+    columns = min(count, 4)
+    rows = math.ceil(count / columns)
+    figure = new_figure(3.1 * columns, 2.5 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return figure, axes[:count]
+
+
+def _series(log: Log, kind: str, x_key: str, y_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The points of one curve; lines without the key, or with null, are left out."""
+    points = [
+        (record[x_key], record[y_key])
+        for record in log
+        if record.get("kind") == kind and record.get(x_key) is not None and record.get(y_key) is not None
+    ]
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over about a twentieth of the run, without the pull of a zero start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    average, weight, out = 0.0, 0.0, np.empty_like(values)
+    for i, value in enumerate(values):
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        out[i] = average / weight
+    return out
+
+
+def _title(key: str) -> str:
+    if key == "loss":
+        return "training loss"
+    if key == "val_loss":
+        return "validation loss"
+    return f"validation AUC: {key.removeprefix('val_auc_')}"
+
+
+def _colours(count: int) -> list[str]:
+    return [PALETTE[i % len(PALETTE)] for i in range(count)]

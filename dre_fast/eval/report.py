@@ -1,0 +1,184 @@
+"""One self-contained HTML page about a run: numbers, figures, tables, configuration."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dre_fast.data.files import write_text_atomic
+
+_MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1f2733; --muted: #5f6875;
+  --line: #e1e5ea; --accent: #0a6cb5; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181e; --card: #1d232b; --ink: #e7ebf0; --muted: #9aa5b3; --line: #313944; --accent:
+  #6db7f0; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
+.lead { color: var(--muted); max-width: 46rem; margin: 0 0 1.6rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 0;
+} .numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem
+.9rem; } .numbers dt { color: var(--muted); font-size: .8rem; overflow-wrap: anywhere; }
+.numbers dd { margin: 0; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere; }
+.numbers dd.text { font-size: .95rem; font-weight: 500; }
+figure { margin: 0 0 1.2rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+overflow: hidden; } figure a { display: block; background: #ffffff; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { padding: .6rem .9rem; color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--muted); font-weight: 600; }
+tr:last-child td { border-bottom: 0; }
+td.number { text-align: right; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; overflow-x:
+auto;
+  font-size: .82rem; line-height: 1.45; }
+summary { cursor: pointer; color: var(--accent); }
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image file (.png, .jpg, .svg) and what it shows."""
+
+    path: str | os.PathLike[str]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; empty columns are left out, and numbers are set to the right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+def build_page(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    lead: str = "",
+    summary: Mapping[str, Any] | None = None,
+    figures: Sequence[Figure] = (),
+    tables: Sequence[Table] = (),
+    config: str | None = None,
+) -> Path:
+    """Writes one HTML file that holds everything it shows: it can be mailed, and opens without a network.
+
+    Args:
+        path: file to write.
+        title, lead: headline, and what the page is about in a sentence or two.
+        summary: name -> value, shown as a row of cards; floats with three digits, None as "undefined".
+        figures: embedded in this order.
+        tables: shown after the figures.
+        config: text shown folded at the end, such as the YAML of the run.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a figure of another format, or a table row of another length than its header.
+        FileNotFoundError: a figure that does not exist.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    if lead:
+        parts.append(f'<p class="lead">{html.escape(lead)}</p>')
+    if summary:
+        parts.append('<dl class="numbers">' + "".join(_card(k, v) for k, v in summary.items()) + "</dl>")
+    if figures:
+        parts.append("<h2>Figures</h2>")
+        parts += [_figure(figure) for figure in figures]
+    for table in tables:
+        parts.append(f"<h2>{html.escape(table.title)}</h2>")
+        parts.append(_table(table))
+    if config is not None:
+        parts.append(
+            "
+            f"f"<h2>Configuration</h2><details><summary>show</summary><pre>{html.escape(config)}</pre></details>"
+        )
+    write_text_atomic(
+        path,
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n",
+    )
+    return Path(path)
+
+
+def _card(name: str, value: object) -> str:
+    shown = _show(value)
+    kind = "" if isinstance(value, (int, float)) or value is None else ' class="text"'
+    label = name.replace("_", " ").replace(" auc", " AUC")
+    return f"<div><dt>{html.escape(label)}</dt><dd{kind}>{html.escape(shown)}</dd></div>"
+
+
+def _show(value: object) -> str:
+    if value is None:
+        return "undefined"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _figure(figure: Figure) -> str:
+    file = Path(figure.path)
+    media = _MEDIA.get(file.suffix.lower())
+    if media is None:
+        raise ValueError(f"{file}: figures must be one of {', '.join(_MEDIA)}, not {file.suffix!r}")
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    caption = html.escape(figure.caption)
+    return (
+        f'<figure><img src="data:{media};base64,{data}" alt="{caption}" loading="lazy">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    for number, row in enumerate(table.rows, 1):
+        if len(row) != len(table.header):
+            raise ValueError(
+                f"table {table.title!r}, row {number}: {len(row)} cells under a header of {len(table.header)}"
+            )
+    kept = [i for i in range(len(table.header)) if any(_cell(row[i]) for row in table.rows) or not table.rows]
+    head = "".join(f"<th>{html.escape(str(table.header[i]))}</th>" for i in kept)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=number' if _is_number(row[i]) else ''}>{html.escape(_cell(row[i]))}</td>" for i in kept
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else _show(value)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, (int, float)):
+        return True
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
