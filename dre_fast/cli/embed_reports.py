@@ -40,8 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", required=True, help="output file, .safetensors")
     parser.add_argument(
         "--reports",
-        help="reports kept apart from the table: TCGA-Reports CSV (patient_filename,text), any CSV with an "
-        "id and a text column, HistGen annotation.json, or a folder of ID.txt; used instead of the 'report' column",
+        help="reports kept apart from the table, used instead of its 'report' column: TCGA-Reports CSV "
+        "(patient_filename,text), any CSV with an id and a text column, HistGen annotation.json, or a folder "
+        "of ID.txt",
     )
     parser.add_argument(
         "--model",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.cohort import Cohort, case_of
 from dre_fast.data.files import atomic_path
+from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError, read_table
 from dre_fast.data.text_encoders import TextEncoder
 from dre_fast.data.tfidf import FORMAT as TFIDF_FORMAT
@@ -90,7 +91,7 @@ class ReportEmbeddings:
             "details": json.dumps(self.details),
         }
         # save_file would make the file readable by its owner alone; a cohort's embeddings are shared.
-        content = _safetensors().torch.save({"embeddings": self.matrix.contiguous()}, metadata)
+        content = need("safetensors.torch", "train").save({"embeddings": self.matrix.contiguous()}, metadata)
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
@@ -102,7 +103,7 @@ class ReportEmbeddings:
             ReportError: unreadable, or vectors of different lengths; the case is named.
         """
         path = Path(path)
-        safetensors = _safetensors()
+        safetensors = need("safetensors", "train")
 
         try:
             with safetensors.safe_open(str(path), "pt") as file:
@@ -322,12 +323,3 @@ def _json_reports(path: Path) -> list[tuple[str, str, str]]:
                 raise ReportError(f"{path}, {where}: needs texts under 'id' and 'report'")
             pairs.append((entry["id"], entry["report"], where))
     return pairs
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ReportError("report embeddings need safetensors: pip install 'dre_fast[train]'") from error
-    return safetensors

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.files import atomic_path
+from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError
 from dre_fast.progress import progress
 
@@ -62,7 +63,7 @@ class TextEncoder:
         self.name, self.pooling, self.batch_size, self._dtype = name, pooling, batch_size, dtype
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._revision = revision
-        self.transformers = _transformers()
+        self.transformers = need("transformers", "train")
         self._config = self._load(self.transformers.AutoConfig)
         self._tokenizer = self._load(self.transformers.AutoTokenizer)
         self._prefix, self._suffix = self._special_tokens()
@@ -265,27 +266,16 @@ def _folder_hash(folder: Path) -> str:
 def _from_cache(folder: Path | None, key: str) -> Tensor | None:
     if folder is None or not (path := folder / f"{key}.safetensors").exists():
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    safetensors = need("safetensors.torch", "train")
     try:
-        return load_file(str(path))["embedding"]
-    except (SafetensorError, KeyError, OSError) as error:
+        return safetensors.load_file(str(path))["embedding"]
+    except (need("safetensors", "train").SafetensorError, KeyError, OSError) as error:
         raise ReportError(f"cache file {path} is damaged ({error}); delete it") from error
 
 
 def _to_cache(folder: Path | None, key: str, vector: Tensor) -> None:
     if folder is None:
         return
-    from safetensors.torch import save
-
+    content = need("safetensors.torch", "train").save({"embedding": vector.contiguous()})
     with atomic_path(folder / f"{key}.safetensors") as temporary:
-        temporary.write_bytes(save({"embedding": vector.contiguous()}))
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ReportError("a text encoder needs transformers: pip install 'dre_fast[train]'") from error
-    return transformers
+        temporary.write_bytes(content)

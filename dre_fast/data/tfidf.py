@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.files import atomic_path
+from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError
 
 FORMAT = "dre_fast-tfidf-svd-1"
@@ -64,7 +65,6 @@ class TfidfSvd:
         Raises:
             ReportError: fewer than two reports, or no word in them.
         """
-        sklearn_text, decomposition = _sklearn()
         if dim < 1:
             raise ReportError(f"tfidf-svd: dim must be at least 1, got {dim}")
         if len(set(texts)) < 2:
@@ -72,12 +72,13 @@ class TfidfSvd:
                 f"tfidf-svd needs at least two different reports to fit on, got {len(set(texts))}; "
                 "fit on more cases, or give a fitted model or a text encoder"
             )
-        vectorizer = _vectorizer(sklearn_text, max_features=MAX_TERMS)
+        vectorizer = _vectorizer(max_features=MAX_TERMS)
         try:
             weights = vectorizer.fit_transform(texts)
         except ValueError as error:
             raise ReportError(f"tfidf-svd: {error}: is there any word in the reports?") from error
         rank = min(dim, *weights.shape)
+        decomposition = need("sklearn.decomposition", "train")
         svd = decomposition.TruncatedSVD(n_components=rank, algorithm="randomized", random_state=seed).fit(
             weights
         )
@@ -101,8 +102,7 @@ class TfidfSvd:
         Raises:
             ReportError: a report without any known word, named by its case.
         """
-        sklearn_text, _ = _sklearn()
-        vectorizer = _vectorizer(sklearn_text, vocabulary={term: i for i, term in enumerate(self.terms)})
+        vectorizer = _vectorizer(vocabulary={term: i for i, term in enumerate(self.terms)})
         vectorizer.idf_ = self.idf.astype(np.float64)
         rows = vectorizer.transform(list(reports.values())) @ self.components.T.astype(np.float64)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -116,13 +116,13 @@ class TfidfSvd:
 
     def save(self, path: str | Path) -> None:
         """Write the state as safetensors, atomically: tensors ``idf``, ``components``, terms as metadata."""
-        from safetensors.torch import save
-
         tensors = {
             "idf": torch.from_numpy(self.idf),
             "components": torch.from_numpy(self.components).contiguous(),
         }
-        content = save(tensors, {"format": FORMAT, "terms": json.dumps(self.terms)})
+        content = need("safetensors.torch", "train").save(
+            tensors, {"format": FORMAT, "terms": json.dumps(self.terms)}
+        )
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
@@ -133,10 +133,9 @@ class TfidfSvd:
         Raises:
             ReportError: not such a file.
         """
-        from safetensors import SafetensorError, safe_open
-
+        safetensors = need("safetensors", "train")
         try:
-            with safe_open(str(path), "pt") as file:
+            with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ReportError(
@@ -144,19 +143,11 @@ class TfidfSvd:
                     )
                 terms = tuple(json.loads(metadata["terms"]))
                 idf, components = file.get_tensor("idf").numpy(), file.get_tensor("components").numpy()
-        except (SafetensorError, OSError) as error:
+        except (safetensors.SafetensorError, OSError) as error:
             raise ReportError(f"{path}: cannot read this tfidf-svd model: {error}") from error
         return cls(terms, idf, components)
 
 
-def _vectorizer(sklearn_text: Any, **options: Any) -> Any:
-    return sklearn_text.TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **options)
-
-
-def _sklearn() -> tuple[Any, Any]:
-    try:
-        from sklearn import decomposition
-        from sklearn.feature_extraction import text
-    except ImportError as error:
-        raise ReportError("tfidf-svd needs scikit-learn: pip install 'dre_fast[train]'") from error
-    return text, decomposition
+def _vectorizer(**options: Any) -> Any:
+    text = need("sklearn.feature_extraction.text", "train")
+    return text.TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **options)
