@@ -36,8 +36,10 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -81,6 +83,23 @@ class Torch:
         # The stable ABI as of 2.10: one binary serves every later torch.
         return [f"-I{self.folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
+    @property
+    def libs(self) -> list[str]:
+        # Found again by name when the library loads, since torch is loaded by then: no run path.
+        return [f"-L{self.folder / 'lib'}", "-ltorch_cpu"]
+
+
+class Toolchain:
+    """What the parts are built with."""
+
+    def __init__(self, compiler: list[str], torch: Torch) -> None:
+        self.compiler = compiler
+        self.torch = torch
+        self.archs: list[str] = []  # CUDA architectures, once they are known
+        self.cxxflags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        self.link = [*compiler, *shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
 
 @dataclass
 class Part:
@@ -91,6 +110,9 @@ class Part:
     compiler: list[str]
     flags: list[str]
     link: list[str]
+    libs: list[str] = field(
+        default_factory=list
+    )  # after the objects: a linker drops what nothing before needs
     extra: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -119,11 +141,12 @@ def find_torch() -> Torch:
             f"torch is not installed under {sys.prefix}: pip install 'torch>=2.10', {AGAIN} "
             "(with --no-build-isolation where the installer builds in an environment of its own)"
         )
-    values = {}
+    values: dict[str, Any] = {}
     for node in ast.parse((found / "version.py").read_text()).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and isinstance(getattr(node, "value", None), ast.Constant):
-            values[target.id] = node.value.value
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
+            values[target.id] = value.value
     version = values.get("__version__", "0")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
         raise Missing(f"torch {version} is older than 2.10: pip install -U torch, {AGAIN}")
@@ -161,16 +184,24 @@ def find_compiler() -> list[str]:
     return command
 
 
-def find_nvcc() -> Path:
-    homes = [os.environ[k] for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
-    for home in homes:
-        if (Path(home) / "bin/nvcc").is_file():
-            return Path(home) / "bin/nvcc"
-    on_path = shutil.which("nvcc")
-    if on_path:
-        return Path(on_path)
-    where = f"CUDA_HOME={homes[0]}/bin and PATH" if homes else "PATH, and CUDA_HOME is not set"
-    raise Missing(f"nvcc is not in {where}: install the CUDA toolkit or set CUDA_HOME, {AGAIN}")
+def find_nvcc(compiler: list[str]) -> Path:
+    """nvcc, tried with the C++ compiler: each version of it accepts only some of them."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    at_home = Path(home or "") / "bin/nvcc"
+    found = str(at_home) if home and at_home.is_file() else shutil.which("nvcc")
+    if found is None:
+        where = f"in CUDA_HOME={home} or on PATH" if home else "on PATH, and CUDA_HOME is not set"
+        raise Missing(f"nvcc is not {where}: install the CUDA toolkit or set CUDA_HOME, {AGAIN}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("int main() { return 0; }\n")
+        probe = subprocess.run([found, "-ccbin", compiler[-1], "-E", source], capture_output=True, text=True)
+    if probe.returncode:
+        said = next((line for line in probe.stderr.splitlines() if "error" in line), probe.stderr.strip())
+        raise Missing(
+            f"{found} does not work with {compiler[-1]} ({said}): name another compiler in CXX, {AGAIN}"
+        )
+    return Path(found)
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
@@ -199,62 +230,32 @@ def switch(name: str) -> str:
     return value
 
 
-def plan() -> tuple[list[Part], dict[str, object]]:
-    """The parts that can be built here, and the record of what was built or why not."""
-    why: dict[str, str] = {}
-    native, cuda = switch("DRE_FAST_NATIVE"), switch("DRE_FAST_CUDA")
-    parts: list[Part] = []
-    info: dict[str, object] = {"torch": None, "compiler": None, "cuda_archs": []}
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    ldflags = [*shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    cxxflags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    try:
-        if native == "0":
-            raise Missing("left out by DRE_FAST_NATIVE=0: install dre_fast again without it")
-        compiler = find_compiler()
-        info["compiler"] = " ".join(compiler)
-        torch = find_torch()
-        info["torch"] = torch.version
-        libs = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        sources = ["csrc/ops.cpp", "csrc/cpu/bank.cpp", "csrc/cpu/row_kernels_default.cpp"]
-        sources += [f"csrc/cpu/{name}" for name in X86_VARIANTS] if x86 else []
-        flags = [*cxxflags, *torch.flags]
-        parts.append(Part("_ops", sources, compiler, flags, [*ldflags, *libs], X86_VARIANTS))
-    except Missing as reason:
-        if native == "1":
-            raise SystemExit(f"DRE_FAST_NATIVE=1: {reason}") from None
-        why["ops"] = why["cuda"] = why["host"] = str(reason)
-    try:
-        if cuda == "0":
-            raise Missing("left out by DRE_FAST_CUDA=0: install dre_fast again without it")
-        if "ops" in why:
-            raise Missing(why["ops"])
-        if torch.cuda is None:
-            raise Missing(f"torch {torch.version} is built without CUDA: install a CUDA build of it, {AGAIN}")
-        nvcc = find_nvcc()
-        archs = cuda_archs(nvcc)
-        info["cuda_archs"] = archs
-        flags = [*NVCC_FLAGS, "-ccbin", compiler[-1], *arch_flags(archs), *torch.flags]
-        runtime = nvcc.resolve().parent.parent
-        folders = [runtime / "lib64", runtime / "lib", runtime / "targets/x86_64-linux/lib"]
-        # The static runtime: the library then loads beside whichever CUDA runtime torch brings.
-        link = [*libs, "-ltorch_cuda", *(f"-L{d}" for d in folders if d.is_dir())]
-        link = [*ldflags, *link, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        parts.append(Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, link))
-    except Missing as reason:
-        if cuda == "1":
-            raise SystemExit(f"DRE_FAST_CUDA=1: {reason}") from None
-        why["cuda"] = str(reason)
-    if "ops" not in why:
-        try:
-            parts.append(host_part(compiler, cxxflags, ldflags, torch, info))
-        except Missing as reason:
-            why["host"] = str(reason)
-    return parts, {"built": [p.name for p in parts], "why_not": why, **info}
+def ops_part(chain: Toolchain) -> Part:
+    sources = ["csrc/ops.cpp", "csrc/cpu/bank.cpp", "csrc/cpu/row_kernels_default.cpp"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        sources += [f"csrc/cpu/{name}" for name in X86_VARIANTS]
+    flags = [*chain.cxxflags, *chain.torch.flags]
+    return Part("_ops", sources, chain.compiler, flags, chain.link, chain.torch.libs, X86_VARIANTS)
 
 
-def host_part(compiler: list[str], cxxflags: list[str], ldflags: list[str], torch: Torch, info: dict) -> Part:
+def cuda_part(chain: Toolchain) -> Part:
+    if switch("DRE_FAST_CUDA") == "0":
+        raise Missing("left out by DRE_FAST_CUDA=0: install dre_fast again without it")
+    torch = chain.torch
+    if torch.cuda is None:
+        raise Missing(f"torch {torch.version} is built without CUDA: install a CUDA build of it, {AGAIN}")
+    nvcc = find_nvcc(chain.compiler)
+    chain.archs = cuda_archs(nvcc)
+    flags = [*NVCC_FLAGS, "-ccbin", chain.compiler[-1], *arch_flags(chain.archs), *torch.flags]
+    home = nvcc.resolve().parent.parent
+    folders = [home / "lib64", home / "lib", home / f"targets/{platform.machine()}-linux/lib"]
+    # The static runtime: the library then loads beside whichever CUDA runtime torch brings.
+    libs = [*torch.libs, "-ltorch_cuda", *(f"-L{d}" for d in folders if d.is_dir())]
+    libs += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, chain.link, libs)
+
+
+def host_part(chain: Toolchain) -> Part:
     try:
         import pybind11
     except ImportError:
@@ -263,10 +264,46 @@ def host_part(compiler: list[str], cxxflags: list[str], ldflags: list[str], torc
     if not (python / "Python.h").is_file():
         how = "Debian/Ubuntu: apt install python3-dev"
         raise Missing(f"{python}/Python.h is missing: install Python's headers ({how}), {AGAIN}")
-    said = {"TORCH": torch.version, "FLAGS": " ".join(cxxflags), "CUDA_ARCHS": ";".join(info["cuda_archs"])}
-    flags = [*cxxflags, f"-I{python}", f"-I{pybind11.get_include()}"]
-    flags += [f"-DDRE_FAST_{key}={json.dumps(value)}" for key, value in said.items()]
-    return Part("_host", ["csrc/host/module.cpp"], compiler, flags, ldflags)
+    facts = {
+        "TORCH": chain.torch.version,
+        "FLAGS": " ".join(chain.cxxflags),
+        "CUDA_ARCHS": ";".join(chain.archs),
+    }
+    flags = [*chain.cxxflags, f"-I{python}", f"-I{pybind11.get_include()}"]
+    flags += [f"-DDRE_FAST_{key}={json.dumps(value)}" for key, value in facts.items()]
+    return Part("_host", ["csrc/host/module.cpp"], chain.compiler, flags, chain.link)
+
+
+def plan() -> tuple[list[Part], dict[str, Any]]:
+    """The parts that can be built here, and the record of what was built or why not."""
+    parts: list[Part] = []
+    why: dict[str, str] = {}
+    chain = None
+    try:
+        if switch("DRE_FAST_NATIVE") == "0":
+            raise Missing("left out by DRE_FAST_NATIVE=0: install dre_fast again without it")
+        chain = Toolchain(find_compiler(), find_torch())
+    except Missing as reason:
+        if switch("DRE_FAST_NATIVE") == "1":
+            raise SystemExit(f"DRE_FAST_NATIVE=1: {reason}") from None
+        why["ops"] = str(reason)
+    for name, make in (("ops", ops_part), ("cuda", cuda_part), ("host", host_part)):
+        try:
+            if chain is None:
+                raise Missing(why["ops"])
+            parts.append(make(chain))
+        except Missing as reason:
+            if name == "cuda" and switch("DRE_FAST_CUDA") == "1":
+                raise SystemExit(f"DRE_FAST_CUDA=1: {reason}") from None
+            why[name] = str(reason)
+    record = {
+        "built": [part.name for part in parts],
+        "why_not": why,
+        "torch": chain.torch.version if chain else None,
+        "compiler": shlex.join(chain.compiler) if chain else None,
+        "cuda_archs": chain.archs if chain else [],
+    }
+    return parts, record
 
 
 def run(command: list[str]) -> None:
@@ -322,8 +359,8 @@ class BuildNative(build_ext):
                 out = Path(self.get_ext_fullpath(f"dre_fast.{part.name}")).resolve()
                 out.parent.mkdir(parents=True, exist_ok=True)
                 partial = out.with_name(f".{out.name}.{os.getpid()}")
-                linker = find_compiler()
-                run([*linker, "-o", str(partial), *(str(o.result()) for o in objects[part.name]), *part.link])
+                linked = [str(o.result()) for o in objects[part.name]]
+                run([*part.link, "-o", str(partial), *linked, *part.libs])
                 os.replace(partial, out)
 
     def copy_extensions_to_source(self) -> None:
@@ -365,10 +402,15 @@ def announce() -> None:
         print(f"dre_fast: built without its compiled part ({parts}): {reason}", file=sys.stderr, flush=True)
 
 
-PARTS, RECORD = plan()
-if {"build", "bdist_wheel", "editable_wheel", "build_ext", "develop", "install"} & set(sys.argv):
-    announce()
-setup(
-    ext_modules=[Extension(f"dre_fast.{part.name}", part.sources) for part in PARTS],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-)
+# What is built, and the record of it: filled in when this file runs as the setup script.
+PARTS: list[Part] = []
+RECORD: dict[str, Any] = {}
+
+if __name__ == "__main__":
+    PARTS, RECORD = plan()
+    if {"build", "bdist_wheel", "editable_wheel", "build_ext", "develop", "install"} & set(sys.argv):
+        announce()
+    setup(
+        ext_modules=[Extension(f"dre_fast.{part.name}", part.sources) for part in PARTS],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    )

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,8 +17,6 @@
 
 namespace dre_fast {
 namespace {
-
-constexpr int64_t kGroup = 16;  // rows encoded together, so that the codebook is read once for several of them
 
 const RowKernels& choose_row_kernels() {
 #if defined(__x86_64__)
@@ -100,14 +99,16 @@ Chosen choose_entries(const BankWrite& w) {
   return out;
 }
 
-// The codebook in rows of whole lanes, and ||c_k||^2 / 2.
+// The codebook in rows of whole lanes, and ||c_k||^2 / 2. Codewords of the padding can never be the nearest.
 struct PaddedCodebook {
+  int64_t codewords;
   std::vector<float> values, half_norm;
 
-  PaddedCodebook(const BankWrite& w, const RowKernels& kernels) {
+  PaddedCodebook(const BankWrite& w, const RowKernels& kernels)
+      : codewords(round_up(w.codewords, kWordMultiple)),
+        values(codewords * padded(w.dim), 0.0f),
+        half_norm(codewords, std::numeric_limits<float>::infinity()) {
     const int64_t ld = padded(w.dim);
-    values.assign(w.codewords * ld, 0.0f);
-    half_norm.resize(w.codewords);
     for (int64_t k = 0; k < w.codewords; ++k) {
       std::memcpy(&values[k * ld], w.codebook + k * w.dim, w.dim * sizeof(float));
       half_norm[k] = kernels.half_square(&values[k * ld], ld);
@@ -136,7 +137,7 @@ class Writer {
     std::vector<char> q;
     std::vector<float> z, old;
     float scale[kGroup];
-    int16_t code[kGroup];
+    int32_t code[kGroup];
   };
 
   void write_group(int64_t begin, int64_t end, Scratch& s) {
@@ -148,7 +149,7 @@ class Writer {
     }
     if (w_.codewords > 0)
       kernels_.assign(
-          s.z.data(), rows, ld, codebook_.values.data(), codebook_.half_norm.data(), w_.codewords, s.code);
+          s.z.data(), rows, ld, codebook_.values.data(), codebook_.half_norm.data(), codebook_.codewords, s.code);
     for (int64_t i = 0; i < rows; ++i) write_row(begin + i, i, s);
   }
 
@@ -164,11 +165,11 @@ class Writer {
     if (w_.codewords > 0) update_sums(slide, w_.code[row], s.code[i], s.old.data(), z);
     std::memcpy(stored, s.q.data() + i * bytes, bytes);
     if (w_.scale) w_.scale[row] = s.scale[i];
-    w_.code[row] = s.code[i];
+    w_.code[row] = static_cast<int16_t>(s.code[i]);
     w_.age[row] = w_.step;
   }
 
-  void update_sums(int64_t slide, int16_t before, int16_t after, const float* old_z, const float* new_z) {
+  void update_sums(int64_t slide, int64_t before, int64_t after, const float* old_z, const float* new_z) {
     const int64_t to = slide * w_.codewords + after, from = slide * w_.codewords + before;
     if (before == after) {
       const auto guard = locks_.lock(to);

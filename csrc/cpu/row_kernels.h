@@ -8,9 +8,11 @@
 
 namespace dre_fast {
 
-// Rows of fp32 scratch have a multiple of this many values, the surplus being zero.
-constexpr int64_t kLanes = 16;
-constexpr int64_t padded(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+// Scratch and the copy of the codebook are padded, so that the kernels have no remainders: rows to whole lanes of
+// zeros, groups of rows and the codebook to whole tiles.
+constexpr int64_t kLanes = 16, kGroup = 16, kRowMultiple = 4, kWordMultiple = 4;
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+static inline int64_t padded(int64_t dim) { return round_up(dim, kLanes); }
 
 struct RowKernels {
   const char* name;
@@ -21,11 +23,12 @@ struct RowKernels {
   // q [dim] and scale -> z [padded(dim)].
   void (*decode)(Format format, const void* q, float scale, int64_t dim, float* z);
 
-  // code[i] = argmax_k <z_i, c_k> - half_norm[k], ties to the lowest k, for z [rows, ld], c [codewords, ld].
-  // The result of a row does not depend on the rows beside it.
+  // code[i] = argmax_k <z_i, c_k> - half_norm[k], ties to the lowest k, for at most kGroup rows: z and code are
+  // readable and writable up to a multiple of kRowMultiple rows, c [codewords, ld] holds a multiple of
+  // kWordMultiple codewords. The result of a row does not depend on the rows beside it.
   void (*assign)(
       const float* z, int64_t rows, int64_t ld, const float* c, const float* half_norm, int64_t codewords,
-      int16_t* code);
+      int32_t* code);
 
   // ||c||^2 / 2 in the arithmetic of `assign`, c [ld].
   float (*half_square)(const float* c, int64_t ld);

@@ -7,30 +7,29 @@
 
 #include "row_kernels.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace dre_fast {
 namespace {
 
-// ---- 16 floats in the registers there are ---------------------------------------------------------------------
+// ---- 16 lanes of fp32 in the registers there are --------------------------------------------------------------
+typedef float Quad __attribute__((vector_size(16)));
+
 #if defined(__AVX512F__)
-constexpr int kRowTile = 4, kWordTile = 4;
-constexpr int kParts = 1;
+constexpr int kWordTile = 4;
 typedef __m512 Vec;
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__)
-constexpr int kRowTile = 2, kWordTile = 3;
-constexpr int kParts = 2;
+constexpr int kWordTile = 2;
 typedef __m256 Vec;
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 #else
-constexpr int kRowTile = 2, kWordTile = 2;
-constexpr int kParts = 4;
-typedef float Vec __attribute__((vector_size(16)));
+constexpr int kWordTile = 2;
+typedef Quad Vec;
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof(v));
@@ -45,14 +44,29 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
 #endif
-constexpr int kWidth = static_cast<int>(kLanes) / kParts;
+constexpr int kRowTile = 4;
+constexpr int kWidth = sizeof(Vec) / sizeof(float);
+constexpr int kParts = static_cast<int>(kLanes) / kWidth;
+static_assert(kWordMultiple % kWordTile == 0 && kRowMultiple % kRowTile == 0, "tiles must divide the padding");
 
-inline float tree_sum(const Vec (&v)[kParts]) {
-  float lane[kLanes];
-  __builtin_memcpy(lane, v, sizeof(lane));
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// Lanes i, i+4, i+8, i+12 of 16, added up as (i + (i+8)) + ((i+4) + (i+12)).
+inline Quad fold(const Vec (&v)[kParts]) {
+  Quad q[4];
+  __builtin_memcpy(q, v, sizeof(q));
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// Element r is the sum of the four lanes of v[r], as (0 + 2) + (1 + 3).
+inline Quad sum_each(const Quad (&v)[4]) {
+  Quad t[4];
+#if defined(__x86_64__)
+  __m128 a = v[0], b = v[1], c = v[2], d = v[3];
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  t[0] = a, t[1] = b, t[2] = c, t[3] = d;
+#else
+  for (int i = 0; i < 4; ++i) t[i] = Quad{v[0][i], v[1][i], v[2][i], v[3][i]};
+#endif
+  return (t[0] + t[2]) + (t[1] + t[3]);
 }
 
 #if defined(__FMA__) || defined(__FP_FAST_FMA)
@@ -124,73 +138,62 @@ void encode(Format format, const float* __restrict x, int64_t dim, void* q, floa
 }
 
 // ---- assignment ---------------------------------------------------------------------------------------------------
-template <int kRows, int kWords>
-inline void scores(const float* z, int64_t ld, const float* c, float (&out)[kRowTile][kWordTile]) {
-  Vec sum[kRows][kWords][kParts];
-  for (int r = 0; r < kRows; ++r)
-    for (int w = 0; w < kWords; ++w)
-      for (int p = 0; p < kParts; ++p) sum[r][w][p] = Vec{};
+// Dot products of four rows with kWordTile codewords: out[w] holds those of codeword w.
+inline void dots(const float* z, int64_t ld, const float* c, Quad (&out)[kWordTile]) {
+  Vec sum[kRowTile][kWordTile][kParts];
   for (int p = 0; p < kParts; ++p) {
-    Vec part[kRows][kWords];
-    for (int r = 0; r < kRows; ++r)
-      for (int w = 0; w < kWords; ++w) part[r][w] = Vec{};
+    Vec part[kRowTile][kWordTile] = {};
     for (int64_t j = p * kWidth; j < ld; j += kLanes) {
-      Vec a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = load(z + r * ld + j);
-      for (int w = 0; w < kWords; ++w) {
+      Vec a[kRowTile];
+      for (int r = 0; r < kRowTile; ++r) a[r] = load(z + r * ld + j);
+      for (int w = 0; w < kWordTile; ++w) {
         const Vec b = load(c + w * ld + j);
-        for (int r = 0; r < kRows; ++r) part[r][w] = fma(a[r], b, part[r][w]);
+        for (int r = 0; r < kRowTile; ++r) part[r][w] = fma(a[r], b, part[r][w]);
       }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int w = 0; w < kWords; ++w) sum[r][w][p] = part[r][w];
+    for (int r = 0; r < kRowTile; ++r)
+      for (int w = 0; w < kWordTile; ++w) sum[r][w][p] = part[r][w];
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int w = 0; w < kWords; ++w) out[r][w] = tree_sum(sum[r][w]);
-}
-
-template <int kRows>
-inline void assign_rows(
-    const float* z, int64_t ld, const float* c, const float* half_norm, int64_t codewords, int16_t* code) {
-  float best[kRows], s[kRowTile][kWordTile];
-  for (int r = 0; r < kRows; ++r) {
-    best[r] = -__builtin_inff();
-    code[r] = 0;
-  }
-  int64_t k = 0;
-  auto take = [&](int words) {
-    for (int w = 0; w < words; ++w)
-      for (int r = 0; r < kRows; ++r) {
-        const float score = s[r][w] - half_norm[k + w];
-        if (score > best[r]) {  // strictly greater: ties keep the lowest codeword
-          best[r] = score;
-          code[r] = static_cast<int16_t>(k + w);
-        }
-      }
-  };
-  for (; k + kWordTile <= codewords; k += kWordTile) {
-    scores<kRows, kWordTile>(z, ld, c + k * ld, s);
-    take(kWordTile);
-  }
-  for (; k < codewords; ++k) {
-    scores<kRows, 1>(z, ld, c + k * ld, s);
-    take(1);
+  for (int w = 0; w < kWordTile; ++w) {
+    const Quad quarter[4] = {fold(sum[0][w]), fold(sum[1][w]), fold(sum[2][w]), fold(sum[3][w])};
+    out[w] = sum_each(quarter);
   }
 }
 
 void assign(
     const float* z, int64_t rows, int64_t ld, const float* c, const float* half_norm, int64_t codewords,
-    int16_t* code) {
-  int64_t i = 0;
-  for (; i + kRowTile <= rows; i += kRowTile)
-    assign_rows<kRowTile>(z + i * ld, ld, c, half_norm, codewords, code + i);
-  for (; i < rows; ++i) assign_rows<1>(z + i * ld, ld, c, half_norm, codewords, code + i);
+    int32_t* code) {
+  typedef int32_t Mask __attribute__((vector_size(16)));
+  Quad best[kGroup / kRowTile];
+  Mask word[kGroup / kRowTile];
+  const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
+  for (int64_t t = 0; t < tiles; ++t) {
+    best[t] = Quad{} - __builtin_inff();
+    word[t] = Mask{};
+  }
+  for (int64_t k = 0; k < codewords; k += kWordTile)
+    for (int64_t t = 0; t < tiles; ++t) {
+      Quad dot[kWordTile];
+      dots(z + t * kRowTile * ld, ld, c + k * ld, dot);
+      for (int w = 0; w < kWordTile; ++w) {
+        const Quad score = dot[w] - half_norm[k + w];
+        const Mask better = score > best[t];  // strictly: ties keep the lowest codeword
+        best[t] = better ? score : best[t];
+        word[t] = better ? Mask{} + static_cast<int32_t>(k + w) : word[t];
+      }
+    }
+  __builtin_memcpy(code, word, tiles * sizeof(Mask));
 }
 
 float half_square(const float* c, int64_t ld) {
-  float s[kRowTile][kWordTile];
-  scores<1, 1>(c, ld, c, s);
-  return 0.5f * s[0][0];
+  Vec sum[kParts] = {};
+  for (int64_t j = 0; j < ld; j += kLanes)
+    for (int p = 0; p < kParts; ++p) {
+      const Vec v = load(c + j + p * kWidth);
+      sum[p] = fma(v, v, sum[p]);
+    }
+  const Quad q = fold(sum);
+  return 0.5f * ((q[0] + q[2]) + (q[1] + q[3]));
 }
 
 // ---- drift and running sums ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <string>
 
 namespace py = pybind11;
@@ -9,12 +10,15 @@ namespace py = pybind11;
 namespace {
 
 py::dict build_info() {
+  py::list archs;
+  std::istringstream listed(DRE_FAST_CUDA_ARCHS);
+  for (std::string arch; std::getline(listed, arch, ';');) archs.append(arch);
   py::dict info;
-  info["compiler"] = std::string(__VERSION__);
+  info["compiler_version"] = __VERSION__;
   info["flags"] = DRE_FAST_FLAGS;
   info["torch"] = DRE_FAST_TORCH;
-  info["cuda_archs"] = DRE_FAST_CUDA_ARCHS;
-  info["cuda"] = std::string(DRE_FAST_CUDA_ARCHS).size() > 0;
+  info["cuda_archs"] = archs;
+  info["cuda"] = !archs.empty();
   return info;
 }
 
@@ -24,5 +28,5 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Facts about the compiled parts of dre_fast.";
   m.def(
       "build_info", &build_info,
-      "compiler and flags, the torch whose headers were used, cuda (bool) and the architectures it was built for");
+      "compiler version and flags, the torch whose headers were used, cuda (bool) and its architectures");
 }

@@ -99,7 +99,7 @@ def build_info() -> dict[str, Any]:
     """Compiler, flags, torch and CUDA architectures of the build, and why any part is missing.
 
     Keys: "built" (list of library names), "why_not" (part -> reason), "torch", "compiler", "cuda_archs"; with
-    the pybind11 module also "flags" and "cuda" (bool).
+    the pybind11 module also "compiler_version", "flags" and "cuda" (bool).
     """
     info = dict(_status())
     if not why_not("host"):
