@@ -18,8 +18,8 @@ _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1f2733; --muted: #5f6875;
   --line: #e1e5ea; --accent: #0a6cb5; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #14181e; --card: #1d232b; --ink: #e7ebf0; --muted: #9aa5b3; --line: #313944; --accent:
-  #6db7f0; } }
+  :root { --page: #14181e; --card: #1d232b; --ink: #e7ebf0; --muted: #9aa5b3; --line: #313944;
+    --accent: #6db7f0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -27,25 +27,24 @@ main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
 .lead { color: var(--muted); max-width: 46rem; margin: 0 0 1.6rem; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 0;
-} .numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem
-.9rem; } .numbers dt { color: var(--muted); font-size: .8rem; overflow-wrap: anywhere; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 0; }
+.numbers div, figure, .scroll, pre { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
+.numbers div { padding: .7rem .9rem; }
+.numbers dt { color: var(--muted); font-size: .8rem; overflow-wrap: anywhere; }
 .numbers dd { margin: 0; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 .numbers dd.text { font-size: .95rem; font-weight: 500; }
-figure { margin: 0 0 1.2rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-overflow: hidden; } figure a { display: block; background: #ffffff; }
-figure img { display: block; width: 100%; height: auto; }
+figure { margin: 0 0 1.2rem; overflow: hidden; }
+figure img { display: block; width: 100%; height: auto; background: #ffffff; }
 figcaption { padding: .6rem .9rem; color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--muted); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
-td.number { text-align: right; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; overflow-x:
-auto;
-  font-size: .82rem; line-height: 1.45; }
+.number { text-align: right; }
+pre { padding: 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
 summary { cursor: pointer; color: var(--accent); }
 """
 
@@ -107,8 +106,8 @@ def build_page(
         parts.append(_table(table))
     if config is not None:
         parts.append(
-            "
-            f"f"<h2>Configuration</h2><details><summary>show</summary><pre>{html.escape(config)}</pre></details>"
+            "<h2>Configuration</h2><details><summary>show</summary>"
+            f"<pre>{html.escape(config)}</pre></details>"
         )
     write_text_atomic(
         path,
@@ -159,15 +158,13 @@ def _table(table: Table) -> str:
             )
     kept = [i for i in range(len(table.header)) if any(_cell(row[i]) for row in table.rows) or not table.rows]
     head = "".join(f"<th>{html.escape(str(table.header[i]))}</th>" for i in kept)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=number' if _is_number(row[i]) else ''}>{html.escape(_cell(row[i]))}</td>" for i in kept
-        )
-        + "</tr>"
-        for row in table.rows
-    )
+    body = "".join("<tr>" + "".join(_data(row[i]) for i in kept) + "</tr>" for row in table.rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _data(value: object) -> str:
+    kind = ' class="number"' if _is_number(value) else ""
+    return f"<td{kind}>{html.escape(_cell(value))}</td>"
 
 
 def _cell(value: object) -> str:
