@@ -16,8 +16,7 @@ EXAMPLES = """examples:
   dre-fast tile cohort.csv --out tiles
       256 px tiles at 0.5 um/px (20x) of every slide of the table
   dre-fast tile slides/ --out tiles --overview --skip-bad
-      every slide of a folder; pictures of the tiles in tiles/overview; unreadable slides are listed, not
-      fatal
+      every slide of a folder; pictures of the tiles in tiles/overview; unreadable slides are listed
   dre-fast tile scan.svs --out tiles --mpp 0.25 --tile-size 224 --mpp-out 1.0
       a slide whose file does not state its pixel size, tiled at 10x
 """
