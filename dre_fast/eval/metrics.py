@@ -23,7 +23,7 @@ LEVELS = ("slide", "patient")
 _BLOCK = 4_000_000  # weights held at once
 
 Array = NDArray[np.float64]
-# Scores of R weightings: weights [R, n] -> {metric: [R]}
+# Scores of R weightings: weights [R, n] -> {metric: [..., R]}
 Scorer = Callable[[Array], dict[str, Array]]
 
 
@@ -211,24 +211,25 @@ def _macro_rows(
 ) -> list[MetricRow]:
     """Mean over the columns of a multilabel task for which the score is defined."""
     there = ~np.isnan(truth).all(1)
-    ones = np.ones((1, len(truth)))
-    rows = []
     template = replace(template, samples=int(there.sum()), cases=len(np.unique(group[there])))
+
+    def every_column(weights: Array) -> dict[str, Array]:
+        each = [scorer(weights) for _, scorer in parts]
+        return {metric: np.stack([values[metric] for values in each]) for metric in METRICS}
+
+    point = every_column(np.ones((1, len(truth))))
+    spread = _bootstrap(every_column, np.where(there, group, -1), resampling) if there.any() else {}
+    rows = []
     for metric in METRICS:
-        values = {column: scorer(ones)[metric][0] for column, scorer in parts}
-        used = [scorer for column, scorer in parts if not np.isnan(values[column])]
-        left_out = [column for column, _ in parts if np.isnan(values[column])]
+        used = ~np.isnan(point[metric][:, 0])
+        left_out = [column for (column, _), fine in zip(parts, used) if not fine]
         note = f"without {', '.join(left_out)}: one class only or no labels" if left_out else ""
-        if not used:
+        if not used.any():
             rows.append(_row(template, metric, float("nan"), None, resampling, "undefined for every column"))
             continue
-
-        def macro(weights: Array, used: list[Scorer] = used, metric: str = metric) -> dict[str, Array]:
-            # A resample counts only where every column is defined: otherwise its mean is of something else.
-            return {metric: np.mean([scorer(weights)[metric] for scorer in used], axis=0)}
-
-        spread = _bootstrap(macro, np.where(there, group, -1), resampling)
-        rows.append(_row(template, metric, macro(ones)[metric][0], spread[metric], resampling, note))
+        # A resample counts only where every such column is defined: otherwise its mean is of something else.
+        drawn = spread[metric][used].mean(0) if spread else None
+        rows.append(_row(template, metric, point[metric][used].mean(), drawn, resampling, note))
     return rows
 
 
@@ -258,7 +259,7 @@ def _row(
 def _bootstrap(
     scorer: Scorer, group: NDArray[np.int64], resampling: tuple[int, float, int]
 ) -> dict[str, Array]:
-    """Scores of resamples of whole groups: {metric: [resamples]}; samples of group -1 never count."""
+    """Scores of resamples of whole groups: {metric: [..., resamples]}; samples of group -1 never count."""
     resamples, _, seed = resampling
     if not resamples:
         return {}
@@ -273,7 +274,7 @@ def _bootstrap(
         weights = np.zeros((count, len(group)))
         weights[:, group >= 0] = drawn[:, index]
         found.append(scorer(weights))
-    return {metric: np.concatenate([part[metric] for part in found]) for metric in found[0]}
+    return {metric: np.concatenate([part[metric] for part in found], axis=-1) for metric in found[0]}
 
 
 def _scorer(kind: str, probability: Array, truth: Array) -> Scorer:

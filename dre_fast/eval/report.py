@@ -27,7 +27,8 @@ main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
 .lead { color: var(--muted); max-width: 46rem; margin: 0 0 1.6rem; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
+  margin: 0; }
 .numbers div, figure, .scroll, pre { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 .numbers div { padding: .7rem .9rem; }
