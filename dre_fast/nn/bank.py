@@ -269,7 +269,7 @@ class MemoryBank(BankTables):
                     slides,
                     tiles,
                 )
-            encoded, counts = encoded + others.to(encoded.dtype), counts + n_others
+            encoded, counts = encoded + others.to(encoded), counts + n_others.to(counts)
         elif memory == "none":
             encoded, counts = self._encode_bags(live, valid)
         elif isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
@@ -277,7 +277,7 @@ class MemoryBank(BankTables):
                 raise ValueError("MemoryBank.encode: memory=r needs the cycle and seed given to sample")
             rows, found = self._retrieve(slides, tiles, memory, self._visits(cycle, slides), seed)
             encoded, counts = self._encode_bags(
-                torch.cat([live, rows.to(live.dtype)], dim=1), torch.cat([valid, found], dim=1)
+                torch.cat([live, rows.to(live)], dim=1), torch.cat([valid, found], dim=1)
             )
         else:
             raise ValueError(
@@ -304,11 +304,12 @@ class MemoryBank(BankTables):
         """Hard residual encoding of rows [B, q, D] where valid [B, q]: V [B, K, D], counts int64 [B, K]."""
         b, q = valid.shape
         # Shapes must not depend on the data: rows left out move to the end, past the last bag.
+        valid = valid.to(rows.device)
         order = torch.argsort((~valid).reshape(-1), stable=True)
         cu = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
         x = rows.reshape(b * q, -1)
         x = x if x.dtype == torch.float64 else x.float()
-        encoded, counts, _ = hard_encode(x[order], self.codebook.to(x.dtype), cu)
+        encoded, counts, _ = hard_encode(x[order], self.codebook.to(x), cu)
         return encoded, counts
 
     # ------------------------------------------------------------------ files and state dicts
