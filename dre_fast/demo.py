@@ -37,7 +37,9 @@ run: {validate_every: 2, checkpoint_every: 1000}
 """
 
 
-def run_demo(out: str | Path, *, seed: int = 0, slides: tuple[int, int, int] = (64, 16, 48)) -> dict[str, Any]:
+def run_demo(
+    out: str | Path, *, seed: int = 0, slides: tuple[int, int, int] = (64, 16, 48)
+) -> dict[str, Any]:
     """Generate, tile, embed, train end to end and frozen, evaluate, draw. Returns the summary.
 
     Args:
@@ -113,7 +115,9 @@ def _cohort(folder: Path, slides: tuple[int, int, int], seed: int) -> Path:
 def _tile(cohort_csv: Path, folder: Path) -> None:
     from dre_fast.cli import main
 
-    _must(main(["tile", str(cohort_csv), "--out", str(folder), "--tile-size", str(TILE), "--mpp-out", str(MPP)]))
+    _must(
+        main(["tile", str(cohort_csv), "--out", str(folder), "--tile-size", str(TILE), "--mpp-out", str(MPP)])
+    )
 
 
 def _embed_reports(cohort_csv: Path, file: Path) -> None:

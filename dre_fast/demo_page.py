@@ -42,7 +42,10 @@ def draw_page(out: Path, cohort_csv: Path, config: Config, summary: dict[str, An
         for file in draw_slide(loaded, slides, i, figures, task="subtype")
     ]
     tables = []
-    for name, title in (("end_to_end", "End to end, unseen slides"), ("frozen", "Frozen encoder, unseen slides")):
+    for name, title in (
+        ("end_to_end", "End to end, unseen slides"),
+        ("frozen", "Frozen encoder, unseen slides"),
+    ):
         with open(out / name / "test_metrics.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         tables.append(Table(title, rows[0], rows[1:]))

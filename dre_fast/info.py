@@ -43,7 +43,9 @@ def collect() -> dict[str, list[Line]]:
     from dre_fast.ops import native
 
     cuda = torch.version.cuda or "not in this build of torch"
-    devices = [Line("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+    devices = [
+        Line("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    ]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         devices.append(
@@ -71,7 +73,7 @@ def collect() -> dict[str, list[Line]]:
                 "built" if native.cuda_available() else "missing",
                 ""
                 if native.cuda_available()
-                else "needs a CUDA build of torch and nvcc at install: DRE_FAST_CUDA=1 pip install --no-build-isolation .",
+                else "needs a CUDA build of torch and nvcc: DRE_FAST_CUDA=1 pip install --no-build-isolation .",
             ),
         ],
         "packages": [_package(name, *about) for name, about in OPTIONAL.items()],

@@ -12,7 +12,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Paint a synthetic cohort of slides with reports, tile it, train end to end and with a frozen "
         "encoder, evaluate on unseen slides, and write one HTML page with curves and heatmaps.",
     )
-    parser.add_argument("--out", default="demo", help="folder (default: demo); a former demo in it is replaced")
+    parser.add_argument(
+        "--out", default="demo", help="folder (default: demo); a former demo in it is replaced"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--slides",
@@ -30,9 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
     summary = run_demo(args.out, seed=args.seed, slides=tuple(args.slides))
     print("\nAUC on unseen slides   end to end   frozen encoder")
-    for name, key in (("subtyping", "subtyping"), ("tumour or normal", "recognition"), ("mutation", "mutation")):
+    for name, key in (
+        ("subtyping", "subtyping"),
+        ("tumour or normal", "recognition"),
+        ("mutation", "mutation"),
+    ):
         ours, frozen = summary[f"{key}_auc"], summary[f"frozen_{key}_auc"]
         shown = ["  n/a" if value is None else f"{value:.3f}" for value in (ours, frozen)]
         print(f"  {name:<20} {shown[0]:>10} {shown[1]:>16}")
-    print(f"\n{summary['seconds']:.0f} s, peak {summary['peak_rss_mb']:.0f} MB. Look at {args.out}/index.html")
+    print(
+        f"\n{summary['seconds']:.0f} s, peak {summary['peak_rss_mb']:.0f} MB. Look at {args.out}/index.html"
+    )
     return 0

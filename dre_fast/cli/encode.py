@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
     parser.add_argument("--out", required=True, help="output file, .safetensors or .h5")
     parser.add_argument("--split", help="only the slides of this split")
-    parser.add_argument("--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array")
+    parser.add_argument(
+        "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
+    )
     parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--chunk", type=int, default=256, help="tiles encoded at once")

@@ -17,10 +17,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--cohort", required=True, help="cohort CSV")
     parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
     parser.add_argument("--out", required=True, help="folder for ID_codewords.png and ID_TASK_CLASS.png")
-    parser.add_argument("--slide", action="append", help="slide id; repeat for several (default: every slide)")
+    parser.add_argument(
+        "--slide", action="append", help="slide id; repeat for several (default: every slide)"
+    )
     parser.add_argument("--task", help="task of the contribution map (default: the model's first)")
-    parser.add_argument("--class", dest="target", help="class or column of the map (default: the predicted one)")
-    parser.add_argument("--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array")
+    parser.add_argument(
+        "--class", dest="target", help="class or column of the map (default: the predicted one)"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
+    )
     parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.set_defaults(run=run)
@@ -28,9 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dre_fast.data.cohort import Cohort
-    from dre_fast.train.explain import draw_slide
     from dre_fast.progress import progress
     from dre_fast.train.build import slide_set
+    from dre_fast.train.explain import draw_slide
     from dre_fast.train.inference import load_run
     from dre_fast.train.loop import pick_device
 

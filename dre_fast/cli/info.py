@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
         import dataclasses
         import json
 
-        print(json.dumps({k: [dataclasses.asdict(line) for line in v] for k, v in sections.items()}, indent=2))
+        print(
+            json.dumps({k: [dataclasses.asdict(line) for line in v] for k, v in sections.items()}, indent=2)
+        )
     else:
         print(render(sections))
     return 0

@@ -26,7 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in --out (config from the run)"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved settings as YAML and stop"
+    )
     parser.set_defaults(run=run)
 
 

@@ -70,7 +70,9 @@ class DRESLCL(nn.Module):
         self.tile_encoder = tile_encoder
         self.bank = bank
         self.slide_encoder = slide_encoder
-        self.heads = nn.ModuleDict({name: nn.Linear(slide_encoder.width, n) for name, n in (tasks or {}).items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(slide_encoder.width, n) for name, n in (tasks or {}).items()}
+        )
         self.memory = memory
         self.grad_scale = grad_scale
         self.normalize = tuple(normalize)
@@ -107,10 +109,13 @@ class DRESLCL(nn.Module):
                 ``memory`` is an int, so that they never overlap the live ones. Unused otherwise.
             seed: seed of the sampling permutation.
         """
-        b, m = tiles.shape
-        live = rearrange(self.encode_tiles(rearrange(images, "b m ... -> (b m) ...")), "(b m) d -> b m d", b=b)
+        b = tiles.shape[0]
+        live = rearrange(
+            self.encode_tiles(rearrange(images, "b m ... -> (b m) ...")), "(b m) d -> b m d", b=b
+        )
         scaled = self._scale_gradient(live, slides, tiles)
         residuals = self.bank.encode(slides, tiles, scaled, memory=self.memory, cycle=visit, seed=seed)
+        assert isinstance(residuals, Tensor)  # not the pair that return_counts gives
         out = self.represent(residuals)
         out.live = live
         return out
@@ -123,7 +128,9 @@ class DRESLCL(nn.Module):
             factor = (self.bank.length[slides] / used).to(live.dtype)[:, None, None]
         else:
             factor = torch.tensor(float(self.grad_scale), dtype=live.dtype, device=live.device)
-        return live.detach() + (live - live.detach()) * factor  # the value stays exact, the gradient is scaled
+        return (
+            live.detach() + (live - live.detach()) * factor
+        )  # the value stays exact, the gradient is scaled
 
     def represent(self, residuals: Tensor) -> SlideOutput:
         """Un-normalised residuals V [B, K, D] -> :class:`SlideOutput`."""

@@ -1,4 +1,4 @@
-"""From the K residual tokens of a slide to its embedding (DRE-SLCL, arXiv 2511.05034: transformer over residual codes)."""
+"""From the K residual tokens of a slide to its embedding (DRE-SLCL, arXiv 2511.05034)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(
                 f"SlideEncoder: residuals must be [B, {self.codewords}, {self.dim}], got {tuple(residuals.shape)}"
             )
-        # After intra + global L2 a token has norm ~ K^-1/2; bring its entries to unit variance. Empty codewords stay zero.
+        # After intra + global L2 a token has norm ~ K^-1/2; bring its entries to unit variance. Empty ones stay zero.
         scaled = residuals.to(self.tokens.weight.dtype) * math.sqrt(self.codewords * self.dim)
         tokens = self.tokens(scaled) + self.codeword
         cls = repeat(self.cls, "w -> b 1 w", b=residuals.shape[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dre_fast.data.tiles import TileReader
+from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
 
 
@@ -23,7 +23,9 @@ class Batch:
 
 
 class _LiveTiles(Dataset[Tensor]):
-    def __init__(self, reader: TileReader, slides: Tensor, tiles: Tensor, augment_key: int | None) -> None:
+    def __init__(
+        self, reader: TileReader | CachedTileReader, slides: Tensor, tiles: Tensor, augment_key: int | None
+    ) -> None:
         self.reader, self.slides, self.tiles, self.augment_key = reader, slides, tiles, augment_key
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ def epoch_order(slides: int, seed: int, epoch: int) -> Tensor:
 
 def epoch_batches(
     bank: MemoryBank,
-    reader: TileReader,
+    reader: TileReader | CachedTileReader,
     *,
     epoch: int,
     live: int,

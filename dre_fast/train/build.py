@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dre_fast.data.cohort import Cohort, SlideRecord, Task
 from dre_fast.data.coords import read_coords
 from dre_fast.data.reports import ReportEmbeddings
-from dre_fast.data.tiles import TileReader
+from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
@@ -26,7 +26,7 @@ class SlideSet:
     """The slides of one split: records, a reader of their tiles, targets per task, rows into the report matrix."""
 
     records: list[SlideRecord]
-    reader: TileReader
+    reader: TileReader | CachedTileReader
     targets: dict[str, Tensor]  # task -> int64 [S] (-1 missing) or float [S, L] (NaN missing)
     report_rows: Tensor  # int64 [S], row of the slide's report, -1 = none
     tiles: list[int] = field(default_factory=list)  # tiles per slide
@@ -72,16 +72,18 @@ def slide_set(
     if len(paths) != len(records):
         missing = next(record.slide_id for record in records if record.path is None)
         raise ValueError(f"slide {missing}: the cohort gives no path, but its tiles are to be read")
-    reader = TileReader(paths, tilings, backend=backend, max_open=max_open, mpp=mpp)
-    if cache is not None:
-        reader = reader.cached(cache)
+    reader: TileReader | CachedTileReader = TileReader(
+        paths, tilings, backend=backend, max_open=max_open, mpp=mpp
+    )
+    if cache is not None and isinstance(reader, TileReader):
+        reader = reader.cache_to(cache)
     rows = [reports.row_of_case.get(r.case_id, -1) if reports else -1 for r in records]
     return SlideSet(
         list(records),
         reader,
         {task.name: cohort.encode(task, records) for task in tasks},
         torch.tensor(rows, dtype=torch.int64),
-        [len(tiling.coords) for tiling in tilings],
+        reader.tiles_per_slide,
     )
 
 
@@ -100,9 +102,7 @@ def build_model(
     encoder = build_tile_encoder(config.model.encoder, **config.model.encoder_args)
     if config.model.encoder_weights:
         load_hipt_checkpoint(encoder, config.model.encoder_weights)
-    dim = encoder.dim
-    assert isinstance(dim, int)
-    memory = config.memory
+    memory, dim = config.memory, encoder.dim
     return DRESLCL(
         encoder,
         MemoryBank(list(bank_tiles), dim, dtype=memory.dtype),
@@ -127,7 +127,9 @@ def task_card(task: Task) -> dict[str, Any]:
     return {"kind": task.kind, "classes": list(task.classes), "columns": list(task.columns)}
 
 
-def parameter_groups(model: DRESLCL, loss: nn.Module, lr: float, encoder_scale: float, decay: float) -> list[dict]:
+def parameter_groups(
+    model: DRESLCL, loss: nn.Module, lr: float, encoder_scale: float, decay: float
+) -> list[dict]:
     """AdamW groups: encoder and the rest, each with and without weight decay (none on vectors and scalars)."""
     encoder = {id(p) for p in model.tile_encoder.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

@@ -36,7 +36,7 @@ class DataConfig:
     mpp: float | None = None  # um/px of slides that do not say
     workers: int = 0  # processes that read tiles ahead
     max_open: int = 8  # slide handles open at once in each worker
-    cache: str | None = None  # file that holds every tile decoded once (uint8), made on first use
+    cache: str | None = None  # folder for files that hold every tile decoded once (uint8), made on first use
     augment: bool = True  # flips and quarter turns of the live tiles
     train_split: str | None = "train"  # null: the whole cohort
     val_split: str | None = "val"  # null: no validation

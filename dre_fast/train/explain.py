@@ -105,5 +105,3 @@ def draw_slide(
             )
         )
     return files
-
-

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.cohort import Task
 from dre_fast.data.embeddings import SlideEmbeddings
-from dre_fast.data.tiles import TileReader
+from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.eval.metrics import auc
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
@@ -28,7 +28,11 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @torch.no_grad()
 def encode_tiles_of(
-    model: DRESLCL, reader: TileReader, slide: int, chunk: int, autocast: Autocast = contextlib.nullcontext
+    model: DRESLCL,
+    reader: TileReader | CachedTileReader,
+    slide: int,
+    chunk: int,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> Tensor:
     """Every tile of a slide through the tile encoder in eval mode: L2-normalised fp32 features [n, D]."""
     model.eval()
@@ -44,7 +48,11 @@ def encode_tiles_of(
 
 @torch.no_grad()
 def encode_slide(
-    model: DRESLCL, reader: TileReader, slide: int, chunk: int, autocast: Autocast = contextlib.nullcontext
+    model: DRESLCL,
+    reader: TileReader | CachedTileReader,
+    slide: int,
+    chunk: int,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> SlideOutput:
     """One slide, all its tiles -> :class:`SlideOutput` with B = 1."""
     features = encode_tiles_of(model, reader, slide, chunk, autocast)
@@ -64,7 +72,8 @@ def encode_slides(
 ) -> SlideEmbeddings:
     """Slide embeddings, projections into the report space and task logits of every slide of a set."""
     outputs = [
-        encode_slide(model, slides.reader, i, chunk, autocast) for i in progress(range(len(slides)), desc, unit="slide")
+        encode_slide(model, slides.reader, i, chunk, autocast)
+        for i in progress(range(len(slides)), desc, unit="slide")
     ]
 
     def stack(parts: list[Tensor]) -> Tensor:
@@ -146,7 +155,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     config: Config = config_from_dict(card["config"])
     config.model.encoder_weights = None  # the weights come from this file
     tasks = [
-        Task(name, spec["kind"], tuple(spec["classes"]), tuple(spec["columns"])) for name, spec in card["tasks"].items()
+        Task(name, spec["kind"], tuple(spec["classes"]), tuple(spec["columns"]))
+        for name, spec in card["tasks"].items()
     ]
     model = build_model(config, [], card["report_dim"], {task.name: task.outputs for task in tasks})
     codebook = state.pop("bank.codebook")

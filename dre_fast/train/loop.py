@@ -82,7 +82,7 @@ class Trainer:
         options = {"backend": data.backend, "mpp": data.mpp, "max_open": data.max_open}
 
         def open_split(records: Any, name: str) -> SlideSet:
-            cache = f"{data.cache}.{name}" if data.cache else None
+            cache = Path(data.cache) / f"{name}.h5" if data.cache else None
             return slide_set(cohort, records, data.tiles, self.tasks, self.reports, cache=cache, **options)  # type: ignore[arg-type]
 
         self.train = open_split(train, "train")
@@ -98,7 +98,9 @@ class Trainer:
             reports.matrix.shape[1] if reports else None,
             {task.name: task.outputs for task in self.tasks},
         ).to(self.device)
-        self.loss = SlideReportLoss(kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives)
+        self.loss = SlideReportLoss(
+            kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives
+        )
         if reports is not None:
             self.report_matrix = reports.matrix.to(self.device)
             if config.loss.negatives == "all":
@@ -162,7 +164,9 @@ class Trainer:
         )
         remaining = self.steps_per_epoch - self.batch
         started = time.perf_counter()
-        for batch in progress(batches, f"epoch {epoch + 1}/{config.optim.epochs}", total=remaining, unit="step"):
+        for batch in progress(
+            batches, f"epoch {epoch + 1}/{config.optim.epochs}", total=remaining, unit="step"
+        ):
             metrics = self._train_step(batch, epoch)
             self._epoch_loss += float(metrics["loss"] or 0.0)
             self._epoch_steps += 1
@@ -178,7 +182,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
         summary: Metrics = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
-        summary.update(_flat(self.model.bank.statistics(step=self.step), "bank"))
+        summary.update(_freshness(self.model.bank.statistics(step=self.step)))
         last = epoch + 1 == self.config.optim.epochs
         if self.val is not None and ((epoch + 1) % self.config.run.validate_every == 0 or last):
             summary.update(self._validate())
@@ -202,7 +206,11 @@ class Trainer:
         slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
         with self._autocast():
             out = self.model(
-                batch.images.to(self.device, non_blocking=True), slides, tiles, visit=epoch, seed=self.config.run.seed
+                batch.images.to(self.device, non_blocking=True),
+                slides,
+                tiles,
+                visit=epoch,
+                seed=self.config.run.seed,
             )
         loss, parts = self._losses(out, batch.slides)
         if not torch.isfinite(loss):
@@ -245,7 +253,9 @@ class Trainer:
         for task in self.tasks:
             target = self.train.targets[task.name][slides].to(self.device)
             parts[task.name] = supervised_loss(task.kind, out.logits[task.name], target)
-        total = sum((weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float())
+        total = sum(
+            (weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float()
+        )
         # a batch in which no slide has a report or label still has a graph, and a zero gradient
         return total + 0.0 * out.embedding.float().sum(), parts
 
@@ -253,7 +263,9 @@ class Trainer:
     def _write_back(self, slides: Tensor, tiles: Tensor, out: SlideOutput) -> None:
         assert out.live is not None
         rows = slides[:, None].expand_as(tiles).reshape(-1)
-        self.model.bank.write(rows, tiles.reshape(-1), out.live.detach().flatten(0, 1).float(), step=self.step)
+        self.model.bank.write(
+            rows, tiles.reshape(-1), out.live.detach().flatten(0, 1), step=self.step + 1
+        )  # step 0 is the pre-fill
 
     def _set_rates(self, epoch: int) -> None:
         optim = self.config.optim
@@ -301,7 +313,11 @@ class Trainer:
         )
         bank.set_codebook(codebook)
         self._record(
-            "codebook", epoch=self.epoch, inertia=inertia, warm=int(warm), seconds=time.perf_counter() - started
+            "codebook",
+            epoch=self.epoch,
+            inertia=inertia,
+            warm=int(warm),
+            seconds=time.perf_counter() - started,
         )
 
     # ------------------------------------------------------------------ validation and files
@@ -386,7 +402,9 @@ def _claim_folder(out: Path, config: Config, resume: bool) -> None:
     written = out / on_disk.CONFIG
     if written.exists():
         if not resume:
-            raise ValueError(f"{out} already holds a run: pass --resume to go on with it, or name another folder")
+            raise ValueError(
+                f"{out} already holds a run: pass --resume to go on with it, or name another folder"
+            )
         before, now = asdict(load_config(written)), asdict(config)
         for section, values in now.items():
             for key, value in values.items():
@@ -406,15 +424,7 @@ def _board(out: Path, step: int) -> Any:
     return SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
 
 
-def _flat(tree: dict[str, Any], prefix: str) -> Metrics:
-    """The scalars of a nested dict, keys joined by '_'."""
-    flat: Metrics = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}_{key}"))
-        elif isinstance(value, (int, float)):
-            flat[f"{prefix}_{key}"] = value
-        elif isinstance(value, Tensor) and value.numel() == 1:
-            flat[f"{prefix}_{key}"] = value.item()
-    return flat
-
+def _freshness(statistics: dict[str, Any]) -> Metrics:
+    """The scalars of the bank's statistics, for the log."""
+    scalars = {f"bank_{k}": v for k, v in statistics.items() if v is None or isinstance(v, (int, float))}
+    return scalars | {f"bank_drift_{k}": v for k, v in statistics["drift"].items()}

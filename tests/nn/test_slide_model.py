@@ -26,7 +26,9 @@ def build(memory="full", grad_scale="none", dtype="float32", encoder=None, tiles
     torch.manual_seed(0)
     bank = MemoryBank(list(tiles), D, codebook=l2_normalize(torch.randn(K, D)), dtype=dtype)
     slide_encoder = SlideEncoder(D, K, width=16, depth=1, heads=2, report_dim=5)
-    return DRESLCL(encoder or Flat(), bank, slide_encoder, tasks={"t": 3}, memory=memory, grad_scale=grad_scale)
+    return DRESLCL(
+        encoder or Flat(), bank, slide_encoder, tasks={"t": 3}, memory=memory, grad_scale=grad_scale
+    )
 
 
 def fill(model, images):
@@ -52,7 +54,9 @@ def test_full_memory_equals_encoding_every_tile():
     assert trained.logits["t"].shape == (2, 3)
 
 
-@pytest.mark.parametrize(("grad_scale", "factor"), [("unbiased", torch.tensor([10 / 2, 7 / 2])), (3.0, torch.full((2,), 3.0))])
+@pytest.mark.parametrize(
+    ("grad_scale", "factor"), [("unbiased", torch.tensor([10 / 2, 7 / 2])), (3.0, torch.full((2,), 3.0))]
+)
 def test_grad_scale_multiplies_the_gradient_of_each_slides_live_tiles(grad_scale, factor):
     images = torch.rand(2, 2, 3, 4, 4)
     slides, tiles = torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 3]])
@@ -76,7 +80,9 @@ def test_gradient_reaches_the_tile_encoder_but_not_the_bank(memory):
     model = build(memory=memory)
     fill(model, [torch.rand(10, 3, 4, 4), torch.rand(7, 3, 4, 4)])
     before = {name: buffer.clone() for name, buffer in model.bank.named_buffers()}
-    out = model(torch.rand(2, 2, 3, 4, 4), torch.tensor([0, 1]), torch.tensor([[0, 1], [2, -1]]), visit=0, seed=1)
+    out = model(
+        torch.rand(2, 2, 3, 4, 4), torch.tensor([0, 1]), torch.tensor([[0, 1], [2, -1]]), visit=0, seed=1
+    )
     out.logits["t"].sum().backward()
     assert model.tile_encoder.linear.weight.grad.abs().sum() > 0
     assert all(before[name].equal(buffer) for name, buffer in model.bank.named_buffers())

@@ -59,7 +59,9 @@ def test_frozen_encoder_does_not_move_and_the_other_does(tiny_cohort, tmp_path):
         trainer = Trainer(tiny_config(tiny_cohort, *overrides), tmp_path / name)
         before = [p.clone() for p in trainer.model.tile_encoder.parameters()]
         trainer.fit()
-        return max((a - b).abs().max().item() for a, b in zip(before, trainer.model.tile_encoder.parameters()))
+        return max(
+            (a - b).abs().max().item() for a, b in zip(before, trainer.model.tile_encoder.parameters())
+        )
 
     assert drift("frozen", "optim.freeze_encoder=true") == 0.0
     assert drift("moving") > 0.0
@@ -70,7 +72,7 @@ def test_bank_follows_the_encoder(tiny_cohort, tmp_path):
     trainer.fit()
     ages = torch.cat([trainer.model.bank.ages(s) for s in range(len(trainer.train))])
     assert (ages >= 0).all()  # pre-filled
-    assert ages.max() == trainer.step - 1  # the last step wrote back
+    assert ages.max() == trainer.step  # the last step wrote back; step 0 is the pre-fill
 
 
 def test_nan_loss_stops_with_the_checkpoint_intact(tiny_cohort, tmp_path, monkeypatch):
@@ -94,7 +96,7 @@ def test_missing_tiles_and_missing_reports_are_named(tiny_cohort, tmp_path):
     root = tmp_path / "cohort"
     shutil.copytree(tiny_cohort, root)
     (root / "tiles" / "s1.h5").unlink()
-    with pytest.raises(ValueError, match=r"slide s1: no tile coordinates .* dre-fast tile"):
+    with pytest.raises(ValueError, match=r"slide s1: no tile coordinates .*dre-fast tile"):
         Trainer(tiny_config(root), tmp_path / "run")
     table = (tiny_cohort / "cohort.csv").read_text()
     (tiny_cohort / "foreign.csv").write_text(table.replace(",c", ",x"))
@@ -111,12 +113,22 @@ def test_train_encode_and_heatmap_commands(tiny_cohort, tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", run]) == 0
     assert main(["train", "--out", run]) == 2
     assert "data.cohort" in capsys.readouterr().err
-    common = ["--cohort", str(tiny_cohort / "cohort.csv"), "--tiles", str(tiny_cohort / "tiles"), "--mpp", "1.0"]
+    common = [
+        "--cohort",
+        str(tiny_cohort / "cohort.csv"),
+        "--tiles",
+        str(tiny_cohort / "tiles"),
+        "--mpp",
+        "1.0",
+    ]
     assert main(["encode", run, *common, "--out", str(tmp_path / "e.safetensors")]) == 0
     encoded = SlideEmbeddings.load(tmp_path / "e.safetensors")
     assert encoded.embedding.shape == (10, 16)
     assert encoded.logits["kind"].shape == (10, 2)
     assert main(["heatmap", run, *common, "--slide", "s3", "--out", str(tmp_path / "maps")]) == 0
     assert len(list((tmp_path / "maps").glob("s3_*.png"))) == 2
-    assert main(["heatmap", run, *common, "--slide", "s3", "--task", "nope", "--out", str(tmp_path / "maps")]) == 2
+    assert (
+        main(["heatmap", run, *common, "--slide", "s3", "--task", "nope", "--out", str(tmp_path / "maps")])
+        == 2
+    )
     assert "nope" in capsys.readouterr().err

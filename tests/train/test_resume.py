@@ -31,7 +31,17 @@ def timeless(file: Path) -> bytes:
 
 def start(config: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "dre_fast.cli", "train", "--config", str(config), "--out", str(out), "--resume"],
+        [
+            sys.executable,
+            "-m",
+            "dre_fast.cli",
+            "train",
+            "--config",
+            str(config),
+            "--out",
+            str(out),
+            "--resume",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

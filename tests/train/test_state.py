@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from dre_fast.train.state import MetricsLog, load_checkpoint, load_model, read_metrics, save_checkpoint, save_model
+from dre_fast.train.state import (
+    MetricsLog,
+    load_checkpoint,
+    load_model,
+    read_metrics,
+    save_checkpoint,
+    save_model,
+)
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path):

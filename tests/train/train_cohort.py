@@ -40,7 +40,9 @@ def write_cohort(root: Path, *, slides: int = 10, side: int = 160, reports: bool
     if reports:
         generator = torch.Generator().manual_seed(0)
         means = torch.randn(2, 8, generator=generator)
-        matrix = torch.stack([means[i % 2] + 0.1 * torch.randn(8, generator=generator) for i in range(slides)])
+        matrix = torch.stack(
+            [means[i % 2] + 0.1 * torch.randn(8, generator=generator) for i in range(slides)]
+        )
         ReportEmbeddings([f"c{i}" for i in range(slides)], matrix, "test").save(root / "reports.safetensors")
     return root / "cohort.csv"
 
