@@ -98,7 +98,8 @@ class Toolchain:
         self.archs: list[str] = []  # CUDA architectures, once they are known
         self.cxxflags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        self.link = [*compiler, *shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        self.ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+        self.link = [*compiler, *shared, *self.ldflags]
 
 
 @dataclass
@@ -247,12 +248,11 @@ def cuda_part(chain: Toolchain) -> Part:
     nvcc = find_nvcc(chain.compiler)
     chain.archs = cuda_archs(nvcc)
     flags = [*NVCC_FLAGS, "-ccbin", chain.compiler[-1], *arch_flags(chain.archs), *torch.flags]
-    home = nvcc.resolve().parent.parent
-    folders = [home / "lib64", home / "lib", home / f"targets/{platform.machine()}-linux/lib"]
-    # The static runtime: the library then loads beside whichever CUDA runtime torch brings.
-    libs = [*torch.libs, "-ltorch_cuda", *(f"-L{d}" for d in folders if d.is_dir())]
-    libs += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, chain.link, libs)
+    # nvcc links, for it knows its own libraries: the static runtime, which loads beside any that torch brings.
+    ldflags = ["-Xcompiler=" + f.replace(",", "\\,") for f in chain.ldflags]
+    link = [str(nvcc), "-shared", "-ccbin", chain.compiler[-1], *arch_flags(chain.archs), *ldflags]
+    libs = [*torch.libs, "-ltorch_cuda"]
+    return Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, link, libs)
 
 
 def host_part(chain: Toolchain) -> Part:

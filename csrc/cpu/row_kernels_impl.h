@@ -121,19 +121,25 @@ void decode(Format format, const void* q, float scale, int64_t dim, float* z) {
   }
 }
 
+void encode_values(Format format, const float* f, float divisor, int64_t dim, void* q) {
+  switch (format) {
+    case Format::kFloat32: return encode_as<Format::kFloat32>(f, divisor, dim, q);
+    case Format::kFloat16: return encode_as<Format::kFloat16>(f, divisor, dim, q);
+    case Format::kBFloat16: return encode_as<Format::kBFloat16>(f, divisor, dim, q);
+    case Format::kInt8: return encode_as<Format::kInt8>(f, divisor, dim, q);
+    case Format::kE4M3: return encode_as<Format::kE4M3>(f, divisor, dim, q);
+  }
+}
+
 void encode(Format format, const float* __restrict x, int64_t dim, void* q, float* scale, float* __restrict z) {
   const double length = norm(x, dim);
   const double inverse = 1.0 / (length > kNormEps ? length : kNormEps);
   for (int64_t j = 0; j < dim; ++j) z[j] = static_cast<float>(x[j] * inverse);
   *scale = has_scale(format) ? largest(z, dim) / format_limit(format) : 0.0f;
-  const float divisor = *scale == 0.0f ? 1.0f : *scale;  // a row of zeros stays one
-  switch (format) {
-    case Format::kFloat32: encode_as<Format::kFloat32>(z, divisor, dim, q); break;
-    case Format::kFloat16: encode_as<Format::kFloat16>(z, divisor, dim, q); break;
-    case Format::kBFloat16: encode_as<Format::kBFloat16>(z, divisor, dim, q); break;
-    case Format::kInt8: encode_as<Format::kInt8>(z, divisor, dim, q); break;
-    case Format::kE4M3: encode_as<Format::kE4M3>(z, divisor, dim, q); break;
-  }
+  if (has_scale(format) && *scale == 0.0f)
+    __builtin_memset(q, 0, dim * element_bytes(format));  // zeros of either sign are stored as 0
+  else
+    encode_values(format, z, *scale, dim, q);
   decode(format, q, *scale, dim, z);
 }
 

@@ -105,9 +105,11 @@ __global__ void __launch_bounds__(kThreads, 2) write_kernel(BankWrite w, Claims 
       top = fmaxf(top, fabsf(z[d]));
     }
     if (has_scale(F)) scale = across_warp(top, [](float a, float b) { return fmaxf(a, b); }) / format_limit(F);
-    const float divisor = scale == 0.0f ? 1.0f : scale;
     for (int64_t d = lane; d < dim; d += 32) {
-      q[d] = Value<F>::encode(has_scale(F) ? __fdiv_rn(z[d], divisor) : z[d]);
+      if (has_scale(F))
+        q[d] = scale == 0.0f ? Q{} : Value<F>::encode(__fdiv_rn(z[d], scale));  // zeros of either sign are stored as 0
+      else
+        q[d] = Value<F>::encode(z[d]);
       z[d] = has_scale(F) ? Value<F>::decode(q[d]) * scale : Value<F>::decode(q[d]);
     }
   } else if (warp < kRows) {

@@ -1,0 +1,87 @@
+"""The CUDA sources compile for every architecture we support, without a GPU, and spill nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ("80", "90", "100", "120")
+FORMATS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
+# write_kernel<Format, rows a block>: 256 threads, two blocks a multiprocessor at least.
+MAX_REGISTERS = 128
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.S,
+)
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    at_home = Path(home or "") / "bin/nvcc"
+    found = str(at_home) if home and at_home.is_file() else shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc (the CUDA toolkit): none on PATH, and CUDA_HOME names none")
+    return found
+
+
+def build_flags() -> list[str]:
+    """The flags of setup.py, so that what is tested is what is built."""
+    spec = importlib.util.spec_from_file_location("dre_fast_setup_flags", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    found = module.Torch(Path(torch.__file__).parent, torch.__version__, None)
+    return [*module.NVCC_FLAGS, *found.flags]
+
+
+def kernel_name(mangled: str) -> str:
+    """ "write_kernel<int8, 8>" from the mangled name."""
+    found = re.search(r"write_kernelILNS_6FormatE(\d)ELi(\d+)E", mangled)
+    return f"write_kernel<{FORMATS[int(found[1])]}, {found[2]}>" if found else "claim_kernel"
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
+    """Architecture -> kernel -> registers, stack, spill stores and loads, from one compilation for all of them."""
+    out = tmp_path_factory.mktemp("cuda") / "bank.o"
+    command = [nvcc(), *build_flags(), "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    done = subprocess.run(
+        [*command, "-c", "csrc/cuda/bank.cu", "-o", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, dict[str, dict[str, int]]] = {arch: {} for arch in ARCHS}
+    for found in REPORT.finditer(done.stderr):
+        use = {key: int(found[key]) for key in ("registers", "stack", "stores", "loads")}
+        report[found["arch"]][kernel_name(found["name"])] = use
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bank_compiles_without_spills(
+    arch: str, kernels: dict[str, dict[str, dict[str, int]]], record_property
+) -> None:
+    expected = {f"write_kernel<{f}, {rows}>" for f in FORMATS for rows in (8, 2)} | {"claim_kernel"}
+    assert set(kernels[arch]) == expected
+    record_property(f"sm_{arch}", kernels[arch])
+    print(f"\nsm_{arch}: registers, bytes spilled")
+    for name, use in sorted(kernels[arch].items()):
+        print(f"  {name:<34}{use['registers']:>4}{use['stores'] + use['loads']:>4}")
+    for name, use in kernels[arch].items():
+        assert use["stack"] == use["stores"] == use["loads"] == 0, (name, use)
+        assert use["registers"] <= MAX_REGISTERS, (name, use)
