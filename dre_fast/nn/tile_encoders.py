@@ -133,7 +133,7 @@ class ViTTiny(TileEncoder):
     """
 
     def __init__(
-        self, dim: int = 64, patch: int = 8, width: int = 96, depth: int = 4, heads: int = 3
+        self, dim: int = 64, patch: int = 8, width: int = 64, depth: int = 3, heads: int = 2
     ) -> None:
         super().__init__(dim, *HALF)
         if width % 4 or width % heads:
