@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # fp32 accumulators one program of 8 warps holds beside its addresses without spilling (96 of 255 registers each).
 _ACCUMULATORS = 24_576
+_ACCUMULATORS_UNALIGNED = 8_192
 
 
 @dataclass(frozen=True)
@@ -95,51 +96,63 @@ def _power_of_two(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def _dim_tiles(dim: int, most: int) -> tuple[int, int] | None:
-    """(tiles, width): at most three tiles of a power-of-two width covering ``dim`` with the least padding."""
-    options = [(n * w, n, w) for w in (16, 32, 64, 128, 256) if w <= most for n in (1, 2, 3) if n * w >= dim]
-    return min(options)[1:] if options else None
+def _dim_tiles(dim: int) -> tuple[int, int]:
+    """(tiles, width): one to three tiles of 64 or 128 that cover ``dim`` with the least padding; (0, 0) beyond 384."""
+    options = [(n * w, n, w) for w in (64, 128) for n in (1, 2, 3) if n * w >= dim]
+    return min(options)[1:] if options else (0, 0)
 
 
-@cache
-def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> Plan:
-    """The frozen plan for rows of ``dtype`` [*, dim] against ``codewords`` codewords on ``arch``.
-
-    Raises ValueError for a dtype, K or D outside what the kernels cover.
-    """
+def check(dtype: torch.dtype, codewords: int, dim: int) -> None:
+    """Raise ValueError for a dtype, K or D outside what the kernels cover."""
     if dtype not in DTYPES:
         raise ValueError(f"rows must be float32, float16 or bfloat16 for the Triton kernels, not {dtype}")
     if not 1 <= codewords <= MAX_CODEWORDS:
         raise ValueError(f"the Triton kernels take 1 to {MAX_CODEWORDS} codewords, not {codewords}")
     if not 1 <= dim <= MAX_DIM:
         raise ValueError(f"the Triton kernels take feature dimensions 1 to {MAX_DIM}, not {dim}")
-    return _plan_fp32(arch, codewords, dim) if dtype == torch.float32 else _plan_half(arch, codewords, dim)
 
 
-def _plan_half(arch: Arch, codewords: int, dim: int) -> Plan:
+@cache
+def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int, aligned: bool) -> Plan:
+    """The frozen plan for rows of ``dtype`` [*, dim] against ``codewords`` codewords on ``arch``.
+
+    aligned: row starts are 16-byte aligned (address, stride and D), so that they load 16 bytes at a time. Without it
+    every element is addressed alone and the addresses take the registers: smaller tiles, two passes sooner.
+
+    Raises ValueError as ``check`` does.
+    """
+    check(dtype, codewords, dim)
+    if dtype == torch.float32:
+        return _plan_fp32(arch, codewords, dim)
+    return _plan_half(arch, codewords, dim, aligned)
+
+
+def _plan_half(arch: Arch, codewords: int, dim: int, aligned: bool) -> Plan:
     # 64 codewords in two parts are 128 matrix rows: two warpgroups of wgmma with nothing computed twice.
     padded = _power_of_two(codewords, 64)
-    tiles = _dim_tiles(dim, 256)
-    if tiles is not None and padded * tiles[0] * tiles[1] <= _ACCUMULATORS:
-        total = tiles[0] * tiles[1]
-        for rows, stages in ((64, 2), (64, 1), (32, 1)):
-            shared = 2 * (2 * padded * total + stages * rows * total + rows * padded) + 4096
+    tiles, width = _dim_tiles(dim)
+    if (
+        tiles
+        and padded <= 128
+        and padded * tiles * width <= (_ACCUMULATORS if aligned else _ACCUMULATORS_UNALIGNED)
+    ):
+        # Without wgmma the operands pass through registers too: half as many rows at a time keeps them from spilling.
+        most = 64 if arch.capability in (0, 90) or (arch.capability == 100 and padded == 64) else 32
+        for rows, stages in ((most, 2), (most, 1)):
+            shared = 2 * (2 * padded * tiles * width + stages * rows * tiles * width + rows * padded) + 4096
             if shared <= arch.shared:
-                launch = Launch(rows, tiles[1], padded, warps=8, stages=stages)
-                return Plan(2, total, padded, arch.programs, launch, None, None)
+                launch = Launch(rows, width, padded, warps=8, stages=stages)
+                return Plan(2, tiles * width, padded, arch.programs, launch, None, None)
     width = min(_power_of_two(dim, 64), 128)
-    total = -(-dim // width) * width
-    step = min(padded, 128)
-    small = arch.shared < 120_000
-    assign = Launch(64, 64, 64, warps=4, stages=2 if small else 3)
-    aggregate = Launch(64, width, step, warps=8, stages=2 if small else 3)
-    return Plan(2, total, padded, arch.programs, None, assign, aggregate)
+    stages = 2 if arch.shared < 120_000 else 3
+    assign = Launch(64, 64, 64, warps=4 if arch.capability in (80, 90) else 8, stages=stages)
+    aggregate = Launch(64, width, min(padded, 128) if aligned else 64, warps=8, stages=stages)
+    return Plan(2, -(-dim // width) * width, padded, arch.programs, None, assign, aggregate)
 
 
 def _plan_fp32(arch: Arch, codewords: int, dim: int) -> Plan:
     padded = _power_of_two(codewords, 16)
     width = min(_power_of_two(dim, 16), 64)
-    total = -(-dim // width) * width
-    assign = Launch(64, 32 if width >= 32 else 16, min(padded, 64), warps=8, stages=2)
+    assign = Launch(64, min(width, 32), min(padded, 64), warps=8, stages=2)
     aggregate = Launch(32, width, min(padded, 64), warps=8, stages=2)
-    return Plan(1, total, padded, arch.programs, None, assign, aggregate)
+    return Plan(1, -(-dim // width) * width, padded, arch.programs, None, assign, aggregate)

@@ -18,6 +18,8 @@ So a chosen codeword is nearest up to the rounding of an fp32 score, about (2^-1
 A row that holds NaN gets code 0 and makes its own bag's V NaN in all codewords; other bags are untouched.
 """
 
+# Kernel arguments are Triton's own kinds of values, which annotations other than constexpr cannot name.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
@@ -25,7 +27,6 @@ import triton
 import triton.language as tl
 
 from dre_fast.kernels import config
-
 
 # Run-time values: a new number of rows or bags compiles nothing.
 _RUN_TIME = ["N", "B", "P", "R"]
@@ -373,17 +374,18 @@ def hard_encode(
     rows, dim = x.shape
     bags, codewords = cu_seqlens.shape[0] - 1, codebook.shape[0]
     arch = config.INTERPRETER if INTERPRETED else config.arch_of(torch.cuda.get_device_capability(x.device))
-    plan = config.plan(arch, x.dtype, codewords, dim)
+    config.check(x.dtype, codewords, dim)
     V = x.new_empty((bags, codewords, dim), dtype=torch.float32)
     counts = x.new_empty((bags, codewords), dtype=torch.int64)
     codes = x.new_empty((rows,), dtype=torch.int64)
     if rows == 0 or bags == 0:
         return V.zero_(), counts.zero_(), codes.zero_()
-    if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter misreads bf16
-        x = x.float()
-        plan = config.plan(arch, x.dtype, codewords, dim)
     if dim > 1 and x.stride(1) != 1:
         x = x.contiguous()
+    if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter misreads bf16
+        x = x.float()
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and dim % 16 == 0
+    plan = config.plan(arch, x.dtype, codewords, dim, aligned)
     codebook = codebook.float().contiguous()
     with torch.cuda.device_of(x):
         _launch(x, codebook, cu_seqlens.contiguous(), plan, V, counts, codes)
