@@ -228,7 +228,7 @@ class MemoryBank(BankTables):
             slides: int64 [B].
             tiles: int64 [B, m], the tiles of the live rows, no tile twice; -1 leaves a slot out.
             live: [B, m, D] features, L2-normalised by the caller; fp32, half types (computed in fp32) or
-            float64.
+                float64. They may lie on another device than the bank; V lies where they do.
             return_counts: also return the rows by codeword.
 
         Returns:

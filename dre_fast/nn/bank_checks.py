@@ -221,8 +221,11 @@ def table_problem(tables: Mapping[str, Tensor]) -> str | None:
             return f"the rows of a slide lie outside the {rows} rows"
         if bool((end[:-1] > first[1:]).any()):
             return "the rows of two slides overlap"
-    if rows and bool(((tables["code"] < -1) | (tables["code"] >= max(k, 1))).any()):
+    code, written = tables["code"], tables["age"] >= 0
+    if bool(((code < -1) | (code >= k)).any()):
         return f"codes outside -1..{k - 1}"
+    if k and bool(((code >= 0) != written).any()):
+        return "rows with a code and written rows are not the same"
     return None
 
 

@@ -14,7 +14,7 @@ from dre_fast.reference.bank import assign_codes
 from dre_fast.reference.fixed_point import accumulate_
 from dre_fast.reference.quantize import has_scale, padded_dim, quantize, row_dtype
 
-_CHUNK = 16384  # rows worked on at a time when the whole bank is gone through
+_CHUNK = 2048  # rows worked on at a time when the whole bank is gone through: they stay in the cache
 
 
 class BankTables(nn.Module):
@@ -110,23 +110,24 @@ class BankTables(nn.Module):
             self.codebook = codebook.to(self.payload.device, copy=True)
         else:
             self.codebook.copy_(codebook)
-        self._recode()
+        self._sum_up(recode=True)
 
     @torch.no_grad()
     def rebuild(self) -> None:
         """Recompute sums and counts from the stored rows and codes; their bits do not change."""
+        self._sum_up(recode=False)
+
+    def _sum_up(self, recode: bool) -> None:
+        """Sums and counts from the stored rows, after giving every row its code again where ``recode``."""
         self.slide_sums.zero_()
         self.slide_counts.zero_()
+        if self.codebook.shape[0] == 0:
+            return
         for slide, rows in self._row_chunks(_CHUNK):
-            code = self.code[rows]
-            coded = code >= 0
-            stored = ops.read(self.payload, self.scale, rows[coded], self.dim)
-            accumulate_(self.slide_sums, self.slide_counts, slide[coded], code[coded], stored)
-
-    def _recode(self) -> None:
-        for _, rows in self._row_chunks(_CHUNK):
-            self.code[rows] = assign_codes(ops.read(self.payload, self.scale, rows, self.dim), self.codebook)
-        self.rebuild()
+            stored = ops.read(self.payload, self.scale, rows, self.dim)
+            if recode:
+                self.code[rows] = assign_codes(stored, self.codebook)
+            accumulate_(self.slide_sums, self.slide_counts, slide, self.code[rows], stored)
 
     # ------------------------------------------------------------------ slides come and go
 
@@ -223,7 +224,7 @@ class BankTables(nn.Module):
             self.payload[number, : self.dim], scale = quantize(stored, self.dtype)
             if has_scale(self.dtype):
                 self.scale[number] = scale
-        self._recode()
+        self._sum_up(recode=True)
 
     def _load_from_state_dict(
         self,

@@ -16,10 +16,11 @@ SCALE = float(1 << FRACTION_BITS)
 def to_fixed(z: Tensor) -> Tensor:
     """round(z * 2^24) as int64, half to even; same shape as ``z``.
 
-    ``z`` holds stored row values, |z| <= 1, in any floating dtype. The product is exact in float64, so the
-    only rounding is the final one, by at most 2^-25. A sum of 2^38 rows still fits.
+    ``z`` holds stored row values, |z| <= 1, in any floating dtype. The product is exact (a power of
+    two), so the only rounding is the final one, by at most 2^-25. A sum of 2^38 rows still fits.
     """
-    return torch.round(z.double() * SCALE).to(torch.int64)
+    wide = z if z.dtype == torch.float64 else z.float()
+    return torch.round(wide * SCALE).to(torch.int64)
 
 
 def from_fixed(s: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def row_dtype(dtype: str | torch.dtype) -> torch.dtype:
         ValueError: not one of int8, bfloat16, float16, float32, float8_e4m3fn.
     """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"bank dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     return found
 

@@ -72,31 +72,36 @@ def permute(
     Returns:
         int64, the broadcast shape.
     """
-    positions, n, cycle, slide = torch.broadcast_tensors(
+    positions, size, passes, slides = torch.broadcast_tensors(
         positions, _as_index(n, positions), _as_index(cycle, positions), _as_index(slide, positions)
     )
-    bits = (
-        ((n - 1).clamp(min=0)[..., None] >> torch.arange(33, device=n.device) > 0).sum(-1).clamp(min=MIN_BITS)
-    )
+    y = positions.clone()
+    inside = (positions >= 0) & (positions < size) & (size > 1)  # one element: nothing to walk
+    walking = inside.nonzero(as_tuple=True)
+    size, key = size[walking], _key(seed, passes[walking], slides[walking])
+    bits = ((size - 1)[:, None] >> torch.arange(33, device=size.device) > 0).sum(-1).clamp(min=MIN_BITS)
+    at = y[walking]
+    while at.numel():
+        at = _feistel(at, bits, key)
+        y[walking] = at
+        out = at >= size  # only these walk on
+        walking = tuple(index[out] for index in walking)
+        at, size, bits, key = at[out], size[out], bits[out], key[out]
+    return y
+
+
+def _feistel(y: Tensor, bits: Tensor, key: Tensor) -> Tensor:
     high = bits // 2
     low = bits - high
     high_mask, low_mask = (1 << high) - 1, (1 << low) - 1
-    key = _key(seed, cycle, slide)
-    keys = [_mix((key + ((i + 1) * _GOLDEN)) & _U32) for i in range(ROUNDS)]
-
-    y = positions
-    todo = (positions >= 0) & (positions < n) & (n > 1)  # one element: nothing to walk
-    while True:
-        h, l = y >> low, y & low_mask
-        for i, k in enumerate(keys):
-            if i % 2 == 0:
-                l = l ^ (_mix((h + k) & _U32) & low_mask)
-            else:
-                h = h ^ (_mix((l + k) & _U32) & high_mask)
-        y = torch.where(todo, (h << low) | l, y)
-        todo = todo & (y >= n)
-        if not bool(todo.any()):
-            return y
+    h, l = y >> low, y & low_mask
+    for i in range(ROUNDS):
+        k = _mix((key + (i + 1) * _GOLDEN) & _U32)
+        if i % 2 == 0:
+            l = l ^ (_mix((h + k) & _U32) & low_mask)
+        else:
+            h = h ^ (_mix((l + k) & _U32) & high_mask)
+    return (h << low) | l
 
 
 def visits_per_pass(n: Tensor, m: int) -> Tensor:

@@ -527,6 +527,7 @@ def test_a_damaged_state_dict_changes_nothing() -> None:
         "outside the 68 rows": {**state, "length": state["length"] + 100},
         "overlap": {**state, "start": torch.zeros_like(state["start"])},
         "codes outside": {**state, "code": state["code"] + 100},
+        "not the same": {**state, "code": torch.zeros_like(state["code"])},
         "D = 12": MemoryBank([3], D + 1).state_dict(),
     }
     for message, bad in cases.items():

@@ -10,7 +10,16 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.ops import bank as ops
@@ -71,6 +80,15 @@ class BankMachine(RuleBasedStateMachine):
         self.given += 1
         self.length[slide], self.rows[slide] = n, {}
         return slide
+
+    @rule(target=slides, sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    def add_many(self, sizes: list[int]) -> MultipleResults[int]:
+        ids = self.bank.add_slides(sizes)
+        assert ids == list(range(self.given, self.given + len(sizes)))
+        self.given += len(sizes)
+        for slide, n in zip(ids, sizes):
+            self.length[slide], self.rows[slide] = n, {}
+        return multiple(*ids)
 
     @rule(slide=consumes(slides))
     def remove(self, slide: int) -> None:
