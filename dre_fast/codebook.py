@@ -129,14 +129,16 @@ def _survey(rows: Tensor | RowBank, want: int, generator: torch.Generator) -> tu
             row = count + int((~torch.isfinite(part).all(dim=1)).nonzero()[0, 0])
             raise ValueError(f"fit_codebook: row {row} holds NaN or Inf; drop such rows first")
         # each row draws a key, the smallest keys stay: a uniform sample without knowing N beforehand
-        keys = torch.cat([keys, torch.rand(len(part), generator=generator, dtype=torch.float64)])
-        sample = part if sample is None else torch.cat([sample, part])
+        drawn = torch.rand(len(part), generator=generator, dtype=torch.float64)
+        small = drawn.argsort(stable=True)[:want].sort().values
+        few = part[small.to(part.device)]
+        keys, sample = torch.cat([keys, drawn[small]]), few if sample is None else torch.cat([sample, few])
         kept = keys.argsort(stable=True)[:want].sort().values
         keys, sample = keys[kept], sample[kept.to(sample.device)]
         count += len(part)
         summed = part.sum(dim=0, dtype=torch.float64)
         total = summed if total is None else total + summed
-        squares += float(part.square().sum(dtype=torch.float64))
+        squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
     if sample is None or total is None:
         raise ValueError("fit_codebook: there are no rows to fit")
     variance = (squares / count - float((total / count).square().sum())) / sample.shape[1]

@@ -156,7 +156,7 @@ def _score_error(block: Tensor, half_square: Tensor) -> Tensor:
     if block.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         eps = 2.0**-8  # TF32 or bf16 products were allowed
     reach = half_square.max()
-    norm = reduce(block * block, "n d -> n", "sum").sqrt()
+    norm = torch.linalg.vector_norm(block, dim=1)
     return 2 * (block.shape[1] + 2) * eps * (norm * (2 * reach).sqrt() + reach)
 
 
@@ -174,7 +174,7 @@ def hard_encode(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
     """Residual encoding with hard assignment: V_bk = sum of x_i - c_k over rows i of bag b with code k.
 
     Differentiable by autograd in x and codebook (the codes are constants). Sums residuals rather than
-    subtracting n c_k from a sum of rows, which cancels. Deterministic.
+    subtracting n c_k from a sum of rows, which cancels, and rounds once at the end. Deterministic.
 
     Args:
         x: rows [N, D], any float dtype.
@@ -194,19 +194,21 @@ def hard_encode(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
     # rows of no bag go to one slot past the end, which is cut off again
     slot = torch.where(bag < bags, bag * words + codes, bags * words)
     centre = codebook.to(dtype)
-    sums = torch.zeros(bags * words + 1, dim, dtype=dtype, device=x.device)
+    # float64, because rows are added one after the other: in fp32 a long bag would lose more than a GEMM does
+    sums = torch.zeros(bags * words + 1, dim, dtype=torch.float64, device=x.device)
     for rows in _chunks(0, x.shape[0], words):
         residual = x[rows].to(dtype) - centre.index_select(0, codes[rows].clamp(min=0))
-        sums = _add_rows(sums, slot[rows], residual)
+        _add_rows(sums, slot[rows], residual.double())
     counts = torch.bincount(slot, minlength=bags * words + 1)
-    residuals = rearrange(sums[:-1], "(b k) d -> b k d", k=words)
+    residuals = rearrange(sums[:-1].to(dtype), "(b k) d -> b k d", k=words)
     return residuals, rearrange(counts[:-1], "(b k) -> b k", k=words), codes
 
 
-def _add_rows(sums: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
+def _add_rows(sums: Tensor, slot: Tensor, rows: Tensor) -> None:
     if rows.is_cuda:  # index_add is atomic there, index_put sorts: same sum on every run
-        return sums.index_put((slot,), rows, accumulate=True)
-    return sums.index_add(0, slot, rows)
+        sums.index_put_((slot,), rows, accumulate=True)
+    else:
+        sums.index_add_(0, slot, rows)
 
 
 def hard_encode_backward(grad: Tensor, codes: Tensor, cu_seqlens: Tensor) -> Tensor:
