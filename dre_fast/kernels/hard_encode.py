@@ -113,10 +113,14 @@ def _prepare_kernel(c_ptr, parts_ptr, scale_ptr, half_ptr, K: tl.constexpr, D: t
 
 @triton.jit
 def _scores(products, scale, half, PARTS: tl.constexpr, KT: tl.constexpr, ROWS: tl.constexpr):
-    """[PARTS * KT, ROWS] products with the prepared codewords -> [KT, ROWS] scores x.c - ||c||^2 / 2."""
+    """[PARTS * KT, ROWS] products with the prepared codewords -> [KT, ROWS] scores x.c - ||c||^2 / 2.
+
+    A score that is not a number becomes -inf, so a row of NaN elects codeword 0 and padding is never elected.
+    """
     if PARTS == 2:
         products = tl.reshape(tl.sum(tl.reshape(products, (KT // 8, 2, 8, ROWS)), 1), (KT, ROWS))
-    return products * scale[:, None] - half[:, None]
+    scores = products * scale[:, None] - half[:, None]
+    return tl.where(scores == scores, scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -157,10 +161,7 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
         if TILES > 2:
             x2 = tl.load(rows + 2 * DT, mask=live[:, None] & (d[None, :] + 2 * DT < D), other=0.0)
             products = tl.dot(c2, tl.trans(x2), products, input_precision="ieee")
-        top, code = tl.max(_scores(products, scale, half, PARTS, KP, ROWS), 0, return_indices=True)
-        code = tl.minimum(
-            tl.where(top > float("-inf"), code, 0), K - 1
-        )  # a row of NaN elects anything: make it 0
+        code = tl.argmax(_scores(products, scale, half, PARTS, KP, ROWS), 0, tie_break_left=True)
         tl.store(codes_ptr + first + done + r, code.to(tl.int64), mask=live)
         member = tl.where(live, code, KP)[None, :] == k[:, None]
         counts += tl.sum(member.to(tl.int32), 1)
@@ -268,7 +269,7 @@ def _assign_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, codes_ptr, N, 
         better = top > best  # strictly: an equal score further on loses to the lower k
         code = tl.where(better, winner + k0, code)
         best = tl.where(better, top, best)
-    tl.store(codes_ptr + start + r, tl.minimum(code, K - 1).to(tl.int64), mask=live)
+    tl.store(codes_ptr + start + r, code.to(tl.int64), mask=live)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
