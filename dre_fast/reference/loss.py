@@ -24,7 +24,8 @@ def cross_entropy_rows(logits: Tensor, positive: Tensor) -> Tensor:
 
     -1/|P_i| sum over j in P_i of log softmax_j(z_ij), as logsumexp_j z_ij - mean over P_i of z_ij.
     """
-    share = positive / reduce(positive, "b m -> b 1", "sum")
+    share = positive.to(logits.dtype)  # a bool divided by an int would be fp32 whatever the logits are
+    share = share / reduce(share, "b m -> b 1", "sum")
     return logits.logsumexp(dim=1) - reduce(share * logits, "b m -> b", "sum")
 
 
@@ -137,7 +138,7 @@ def info_nce_rows_backward(
         for part, cases in zip(reports.split(tile), report_cases.split(tile)):
             part = part.to(slides.dtype)
             cosine = slides @ part.T
-            share = same_case(slide_cases, cases) / positives[:, None]
+            share = same_case(slide_cases, cases).to(slides.dtype) / positives[:, None]
             d_logits = grad[:, None] * ((scale * cosine - lse[:, None]).exp() - share)
             d_slides += d_logits @ part
             d_scale += (d_logits * cosine).sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from dre_fast import reference
 from dre_fast.reference import encode
-import itertools
 
 
 def bags_of(cu: Tensor) -> list[tuple[int, int]]:
