@@ -90,7 +90,7 @@ def reseed_empty(codebook: Tensor, counts: Tensor, rows: Tensor, distance: Tenso
     return codebook
 
 
-def kmeans(
+def fit_kmeans(
     rows: Tensor,
     codewords: int,
     *,

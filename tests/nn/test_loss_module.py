@@ -104,13 +104,13 @@ def test_training_matches_slides_to_reports() -> None:
             loss.set_reports(reports, torch.arange(12))
             optimizer = torch.optim.Adam([slides, *loss.parameters()], lr=0.05)
             slides.data.normal_()
-            before = float(loss(slides, reports, torch.arange(12)))
+            before = loss(slides, reports, torch.arange(12)).item()
             for _ in range(150):
                 optimizer.zero_grad()
                 value = loss(slides, reports, torch.arange(12))
                 value.backward()
                 optimizer.step()
-            assert float(value) < 0.3 * before
+            assert value.item() < 0.3 * before
             nearest = (l2_normalize(slides.detach()) @ l2_normalize(reports).T).argmax(dim=1)
             assert torch.equal(nearest, torch.arange(12))
 
@@ -123,21 +123,21 @@ def test_edges_of_the_batch() -> None:
         # one slide, one report: nothing to tell apart
         slide = torch.randn(1, 8, requires_grad=True)
         value = loss(slide, report, torch.tensor([5]))
-        assert float(value) == pytest.approx(0.0, abs=1e-6)
+        assert value.item() == pytest.approx(0.0, abs=1e-6)
         (grad,) = torch.autograd.grad(value, slide)
         torch.testing.assert_close(grad, torch.zeros(1, 8))
     # all slides of one case: log B where they agree
     loss = SlideReportLoss()
     value = loss(torch.randn(1, 8).expand(4, 8), report.expand(4, 8), ["one"] * 4)
-    assert float(value) == pytest.approx(math.log(4), rel=1e-5)
+    assert value.item() == pytest.approx(math.log(4), rel=1e-5)
     slides = torch.randn(4, 8, requires_grad=True)
     value = loss(slides, report.expand(4, 8), ["one"] * 4)
-    assert float(value) > math.log(4)
+    assert value.item() > math.log(4)
     assert torch.isfinite(torch.autograd.grad(value, slides)[0]).all()
     # a zero embedding has no direction: finite value, no gradient from normalising it
     slides = torch.zeros(2, 8, requires_grad=True)
     value = loss(slides, torch.randn(2, 8), [0, 1])
-    assert float(value) == pytest.approx(math.log(2), rel=1e-5)
+    assert value.item() == pytest.approx(math.log(2), rel=1e-5)
     assert not torch.autograd.grad(value, slides)[0].any()
 
 
@@ -180,7 +180,7 @@ def test_temperature_is_learnt_within_its_bounds() -> None:
 def test_a_temperature_that_overshot_comes_back() -> None:
     loss = SlideReportLoss()
     loss.log_scale.data.fill_(10.0)
-    assert float(loss.scale) == pytest.approx(100.0)
+    assert loss.scale.item() == pytest.approx(100.0)
     slides = torch.randn(8, 16)
     loss(slides, -slides, torch.arange(8)).backward()
     assert loss.log_scale.grad is not None

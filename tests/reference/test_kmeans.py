@@ -68,7 +68,7 @@ def test_fit_is_the_specification() -> None:
     codebook, inertia = fit_codebook(rows, 9, iterations=7, seed=3, tolerance=0)
     # the sample draws from the generator first, so the specification starts from the same codewords
     start, _ = fit_codebook(rows, 9, iterations=0, seed=3)
-    expected, expected_inertia = kmeans.kmeans(rows.double(), 9, iterations=7, warm_start=start)
+    expected, expected_inertia = kmeans.fit_kmeans(rows.double(), 9, iterations=7, warm_start=start)
     torch.testing.assert_close(codebook.double(), expected, rtol=1e-4, atol=1e-5)
     assert inertia == pytest.approx(float(expected_inertia), rel=1e-5)
 
