@@ -46,6 +46,8 @@ SHAPES = (
     (torch.float32, 5, 17),
     (torch.float32, 1024, 2048),
 )
+# The shapes of P1 and P2 in benchmarks/registry.py.
+_HEADLINE = SHAPES[:2]
 # The codebook preparation and the sum of partials hardly depend on the shape: these three show them.
 _HELPER_SHAPES = {(64, 384), (7, 33), (1024, 2048)}
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -85,11 +87,11 @@ class Usage:
     async_copies: int
 
 
-def cases(capabilities: tuple[int, ...] = tuple(config.ARCHS)) -> Iterator[Case]:
-    """Every kernel of every plan of SHAPES, per architecture."""
+def cases(capabilities: tuple[int, ...] = tuple(config.ARCHS), headline: bool = False) -> Iterator[Case]:
+    """Every kernel of every plan of SHAPES, or of the two headline shapes, per architecture."""
     for capability in capabilities:
         arch = config.ARCHS[capability]
-        for dtype, codewords, dim in SHAPES:
+        for dtype, codewords, dim in _HEADLINE if headline else SHAPES:
             plan = config.plan(arch, dtype, codewords, dim, dim % 16 == 0)
             for kernel, warps, constants in _launches(plan, codewords, dim):
                 helper = kernel in ("prepare", "reduce")
@@ -220,10 +222,12 @@ def table(rows: list[tuple[Case, Usage]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dre_fast.kernels.resources", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=list(config.ARCHS), help="default: all")
+    parser.add_argument("--headline", action="store_true", help="only the bf16 shapes K=64, D=384 and D=1024")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    rows = [(case, measure(case)) for case in cases(tuple(arguments.arch or config.ARCHS))]
+    chosen = tuple(arguments.arch or config.ARCHS)
+    rows = [(case, measure(case)) for case in cases(chosen, arguments.headline)]
     if arguments.json:
         fields = ("capability", "kernel", "dtype", "codewords", "dim", "warps", "shared_limit", "matrix")
         entries = [

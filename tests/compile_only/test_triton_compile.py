@@ -1,0 +1,72 @@
+"""Every shipped configuration compiles for every architecture without spilling; bag lengths compile nothing new.
+
+In subprocesses without TRITON_INTERPRET: interpreted kernels do not compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: pip install triton (Linux only)")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_json(*command: str) -> Any:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_resources(entries: list[dict[str, Any]]) -> None:
+    wrong = []
+    for entry in entries:
+        if entry["stack"] or entry["local"]:
+            wrong.append(f"{entry['name']}: spills, {entry['stack']} bytes of stack")
+        if entry["shared"] > entry["shared_limit"]:
+            wrong.append(
+                f"{entry['name']}: {entry['shared']} bytes of shared memory, {entry['shared_limit']} allowed"
+            )
+        if entry["matrix"] and not entry["wgmma" if entry["capability"] == 90 else "mma"]:
+            wrong.append(f"{entry['name']}: the products do not use the matrix units")
+        whole_rows = entry["matrix"] and entry["dim"] % 16 == 0
+        if whole_rows and not entry["wide_loads"]:
+            wrong.append(f"{entry['name']}: rows are not loaded 16 bytes at a time")
+        if whole_rows and entry["kernel"] != "single" and not entry["async_copies"]:
+            wrong.append(f"{entry['name']}: no asynchronous copies")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_main_shapes_on_hopper() -> None:
+    """The shapes of the headline figures; the whole table is below."""
+    entries = run_json("-m", "dre_fast.kernels.resources", "--json", "--arch", "90", "--headline")
+    assert {entry["kernel"] for entry in entries} == {"prepare", "single", "assign", "aggregate", "reduce"}
+    check_resources(entries)
+    single = next(entry for entry in entries if entry["kernel"] == "single")
+    assert single["async_copies"]
+    assert single["wgmma"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_every_shipped_configuration(capability: int) -> None:
+    entries = run_json("-m", "dre_fast.kernels.resources", "--json", "--arch", str(capability))
+    assert len(entries) > 20
+    check_resources(entries)
+
+
+def test_a_thousand_lengths_compile_nothing_new() -> None:
+    counted = run_json("tests/compile_only/compile_counts.py")
+    assert counted["runs"] > 1000
+    assert counted["first"] == counted["last"] == 3, counted  # prepare, single, reduce
