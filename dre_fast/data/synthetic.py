@@ -110,8 +110,9 @@ def make_cohort(
     mpp: float = 1.0,
     size: tuple[int, int] = (1664, 1280),
     normal_fraction: float = 0.25,
-    witness: tuple[float, float] = (0.10, 0.20),
+    witness: tuple[float, float] = (0.12, 0.22),
     contrast: float = 1.0,
+    stain_variation: float = 1.0,
     missing_genes: float = 0.25,
     two_slide_fraction: float = 0.1,
     truth_tile: int = 64,
@@ -129,6 +130,8 @@ def make_cohort(
         normal_fraction: share of slides without tumour; their `subtype` and gene columns are empty (missing).
         witness: least and greatest fraction of the tissue area taken by tumour in a tumour slide.
         contrast: strength of the class pattern in (0, 1]; lower is harder.
+        stain_variation: spread of colour between slides: 0 none, 1 one laboratory, 3 several; higher is
+            harder.
         missing_genes: share of tumour slides whose gene status is left empty, drawn for each gene.
         two_slide_fraction: share of cases that have two slides (and one report).
         truth_tile: tile side in level-0 pixels for the tumour tile list of `truth.json`.
@@ -155,6 +158,7 @@ def make_cohort(
         normal_fraction=normal_fraction,
         witness=witness,
         contrast=contrast,
+        stain_variation=stain_variation,
         missing_genes=missing_genes,
         two_slide_fraction=two_slide_fraction,
     )
@@ -202,6 +206,7 @@ def plan_cohort(
     normal_fraction: float,
     witness: tuple[float, float],
     contrast: float,
+    stain_variation: float,
     missing_genes: float,
     two_slide_fraction: float,
 ) -> list[SlidePlan]:
@@ -221,6 +226,8 @@ def plan_cohort(
     for name, value in fractions.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if stain_variation < 0:
+        raise ValueError(f"stain_variation must be 0 or more, got {stain_variation}")
     if not 0 < witness[0] <= witness[1]:
         raise ValueError(f"witness must be (least, greatest) with 0 < least <= greatest, got {witness}")
     if mpp <= 0:
@@ -257,6 +264,7 @@ def plan_cohort(
                     subtype=subtype,
                     witness=float(rng.uniform(*witness)),
                     contrast=contrast,
+                    stain_variation=stain_variation,
                 )
                 if subtype is not None:
                     tissue = _with_mutations(tissue, mutated, rng)

@@ -48,6 +48,8 @@ class TissueSpec:
         nuclear_scale: diameter of tumour nuclei relative to the usual one.
         pleomorphism: relative spread of the diameters and darkness of tumour nuclei.
         contrast: 1 is the usual strength of the class pattern; towards 0 the nuclei lose their arrangement.
+        stain_variation: spread of hue, strength and brightness between slides; 1 is one laboratory on a good
+            week, 3 is several laboratories.
     """
 
     width: int
@@ -58,6 +60,7 @@ class TissueSpec:
     nuclear_scale: float = 1.0
     pleomorphism: float = 0.1
     contrast: float = 1.0
+    stain_variation: float = 1.0
 
 
 def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
@@ -92,7 +95,7 @@ def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8]
         structures = _paint_tumour(haematoxylin, eosin, centres, spec, um, rng)
     _paint_benign(haematoxylin, eosin, stray, um, rng)
     _paint_stromal_nuclei(haematoxylin, inside, occupied, angle, um, rng)
-    return _stain(haematoxylin, eosin, tissue, rng), structures
+    return _stain(haematoxylin, eosin, tissue, spec.stain_variation, rng), structures
 
 
 # ---------------------------------------------------------------------------------------------------- fields
@@ -399,7 +402,7 @@ def _paint_tumour(
     dark = 1.0 * np.exp(rng.normal(0, 0.6 * spec.pleomorphism, bins * per_bin))
     # Columnar and vesicular (dark rim, pale centre) in glands, round and smudged in nests; area and mean
     # stain agree.
-    aspect, texture = (1.5, 0.8) if glandular else (1.05, 0.3)
+    aspect, texture = (1.6, 1.0) if glandular else (1.05, 0.1)
     stamps = _nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, texture, rng)
     slot = np.floor((orientation.reshape(-1) % np.pi) / np.pi * bins).astype(np.int64) % bins
     _place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
@@ -493,13 +496,18 @@ def _paint_stromal_nuclei(
 
 
 def _stain(
-    haematoxylin: FloatImage, eosin: FloatImage, tissue: FloatImage, rng: np.random.Generator
+    haematoxylin: FloatImage,
+    eosin: FloatImage,
+    tissue: FloatImage,
+    variation: float,
+    rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
     """Beer-Lambert colour with per-slide stain vectors, strengths, brightness and white balance: uint8 [h, w,
     3]."""
-    h_vector = np.clip(_HAEMATOXYLIN + rng.normal(0, 0.035, 3), 0.02, None) * np.exp(rng.normal(0, 0.14))
-    e_vector = np.clip(_EOSIN + rng.normal(0, 0.03, 3), 0.02, None) * np.exp(rng.normal(0, 0.16))
-    white = np.clip(rng.uniform(232, 250) + rng.normal(0, 2.5, 3), 0, 255)
+    hue, strength = 0.012 * variation, 0.045 * variation
+    h_vector = np.clip(_HAEMATOXYLIN + rng.normal(0, hue, 3), 0.02, None) * np.exp(rng.normal(0, strength))
+    e_vector = np.clip(_EOSIN + rng.normal(0, hue, 3), 0.02, None) * np.exp(rng.normal(0, strength))
+    white = np.clip(242 + variation * (rng.uniform(-4, 4) + rng.normal(0, 1, 3)), 0, 255)
     h_map = np.clip(haematoxylin, 0, None) * tissue
     e_map = np.clip(eosin, 0, None) * tissue
     grain = rng.standard_normal(tissue.shape, dtype=np.float32) * np.float32(1.6)

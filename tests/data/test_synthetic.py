@@ -22,6 +22,7 @@ PLAN = {
     "normal_fraction": 0.25,
     "witness": (0.1, 0.2),
     "contrast": 1.0,
+    "stain_variation": 1.0,
     "missing_genes": 0.25,
     "two_slide_fraction": 0.1,
 }
@@ -173,6 +174,7 @@ def test_gene_labels_are_partly_missing_and_change_the_nuclei():
         ({"train": -1}, "train"),
         ({"witness": (0.3, 0.2)}, "witness"),
         ({"contrast": 1.5}, "contrast"),
+        ({"stain_variation": -1.0}, "stain_variation"),
         ({"mpp": 0.0}, "mpp"),
         ({"size": (200, 200)}, "size"),
     ],
