@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -13,27 +13,30 @@ class SlideEncoder(nn.Module):
     """Residual tokens -> transformer -> slide embedding -> projection into the report space.
 
     The K normalised residuals ``V_k`` of a slide are tokens. Each is projected to ``width``, told which codeword it
-    belongs to by a learned embedding, and read by a pre-norm transformer with one class token, whose final state is
-    the slide embedding h. A linear layer projects h to the dimension of the report embeddings.
+    belongs to by a learned embedding, and read by a pre-norm transformer. The tokens are then narrowed to a quarter and
+    joined in codeword order, and one linear layer makes the slide embedding h of them: what a residual means depends on
+    its codeword, which a class token, that sees a mean of the tokens, has to learn first. A linear layer projects h to
+    the dimension of the report embeddings.
 
     Args:
         dim: D, the feature dimension of the tile encoder.
         codewords: K, the number of codewords.
-        width: width of the transformer and of the slide embedding.
+        width: width of the transformer and of the slide embedding; a multiple of 4 and of ``heads``.
         depth: transformer layers.
-        heads: attention heads; must divide ``width``.
+        heads: attention heads.
         report_dim: T, dimension of the report embeddings; ``None`` leaves the projection out.
-        dropout: dropout inside the transformer, in [0, 1).
+        dropout: dropout inside the transformer and on the joined tokens, in [0, 1).
 
     Shapes:
         ``forward(residuals)``: ``residuals`` [B, K, D] (any float dtype) -> h [B, width], fp32 outside autocast.
         ``project(h)``: [B, width] -> [B, T].
 
     Raises:
-        ValueError: ``heads`` does not divide ``width``, the input is not [B, K, D], or ``project`` is called on an
-            encoder built without ``report_dim``.
+        ValueError: ``width`` is not a multiple of 4 and of ``heads``, the input is not [B, K, D], or ``project`` is
+            called on an encoder built without ``report_dim``.
 
-    Source: DRE-SLCL, arXiv 2511.05034 ("a small transformer over the residual tokens, then a linear projection").
+    Source: DRE-SLCL, arXiv 2511.05034 (a small transformer over the residual tokens, then a linear projection); the
+    read-out in codeword order is dre_fast's own.
     """
 
     def __init__(
@@ -48,18 +51,19 @@ class SlideEncoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"SlideEncoder: width {width} is not divisible by heads {heads}")
+        if width % heads or width % 4:
+            raise ValueError(f"SlideEncoder: width {width} must be a multiple of 4 and of heads {heads}")
         self.dim, self.codewords, self.width, self.report_dim = dim, codewords, width, report_dim
         self.tokens = nn.Linear(dim, width)
         self.codeword = nn.Parameter(torch.randn(codewords, width) * 0.02)
-        self.cls = nn.Parameter(torch.randn(width) * 0.02)
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.transformer = nn.TransformerEncoder(
             layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
+        self.narrow = nn.Linear(width, width // 4)
+        self.readout = nn.Sequential(nn.Dropout(dropout), nn.Linear(codewords * (width // 4), width))
         self.projection = nn.Linear(width, report_dim) if report_dim else None
 
     def forward(self, residuals: Tensor) -> Tensor:
@@ -69,9 +73,8 @@ class SlideEncoder(nn.Module):
             )
         # After intra + global L2 a token has norm ~ K^-1/2; bring its entries to unit variance. Empty ones stay zero.
         scaled = residuals.to(self.tokens.weight.dtype) * math.sqrt(self.codewords * self.dim)
-        tokens = self.tokens(scaled) + self.codeword
-        cls = repeat(self.cls, "w -> b 1 w", b=residuals.shape[0])
-        return self.transformer(torch.cat([cls.to(tokens.dtype), tokens], dim=1))[:, 0]
+        tokens = self.transformer(self.tokens(scaled) + self.codeword)
+        return self.readout(rearrange(self.narrow(tokens), "b k w -> b (k w)"))
 
     def project(self, embedding: Tensor) -> Tensor:
         """Slide embedding [B, width] -> report space [B, T]."""

@@ -24,9 +24,16 @@ class Batch:
 
 class _LiveTiles(Dataset[Tensor]):
     def __init__(
-        self, reader: TileReader | CachedTileReader, slides: Tensor, tiles: Tensor, augment_key: int | None
+        self,
+        reader: TileReader | CachedTileReader,
+        slides: Tensor,
+        tiles: Tensor,
+        key: int,
+        flips: bool,
+        stain: float,
     ) -> None:
-        self.reader, self.slides, self.tiles, self.augment_key = reader, slides, tiles, augment_key
+        self.reader, self.slides, self.tiles = reader, slides, tiles
+        self.key, self.flips, self.stain = key, flips, stain
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -34,9 +41,11 @@ class _LiveTiles(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         slide = int(self.slides[index])
         images = self.reader.read(slide, self.tiles[index])
-        if self.augment_key is not None:
-            generator = torch.Generator().manual_seed((self.augment_key * 1_000_003 + slide) % 2**63)
+        generator = torch.Generator().manual_seed((self.key * 1_000_003 + slide) % 2**63)
+        if self.flips:
             images = turn_and_flip(images, generator)
+        if self.stain:
+            images = jitter_stain(images, self.stain, generator)
         return images
 
 
@@ -49,6 +58,23 @@ def turn_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
         turned = torch.rot90(images[picked], symmetry % 4, dims=(2, 3))
         out[picked] = turned.flip(3) if symmetry >= 4 else turned
     return out
+
+
+def jitter_stain(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change how strongly each tile is stained, uint8 [m, 3, P, P] -> the same.
+
+    Optical density -log(I / 255) is linear in the amount of stain (Beer-Lambert). Each tile's is multiplied by
+    exp(strength * N(0, 1)), half of it common to the channels, half of each channel's own, so that the stain of a
+    slide cannot serve as its name.
+    """
+    common = torch.randn(len(images), 1, 1, 1, generator=generator)
+    channel = torch.randn(len(images), 3, 1, 1, generator=generator)
+    factor = (strength * (common + channel) / 2**0.5).exp()
+    # I' = 255 (I / 255)^factor; one table of 256 values per tile and channel is cheaper than a power per pixel
+    levels = torch.arange(256) / 255
+    table = (levels ** factor.reshape(-1, 1) * 255).round().to(torch.uint8)
+    flat = images.reshape(len(images) * 3, -1).long()
+    return table.gather(1, flat).reshape(images.shape)
 
 
 def epoch_order(slides: int, seed: int, epoch: int) -> Tensor:
@@ -66,12 +92,13 @@ def epoch_batches(
     seed: int,
     start: int = 0,
     augment: bool = True,
+    stain: float = 0.0,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Batches of an epoch from batch ``start`` on; every slide is visited once, its live tiles by permutation."""
     order = epoch_order(bank.num_slides, seed, epoch)[start * batch_size :]
     tiles = bank.sample(order.to(bank.start.device), live, cycle=epoch, seed=seed).cpu()
-    dataset = _LiveTiles(reader, order, tiles, seed * 100_003 + epoch if augment else None)
+    dataset = _LiveTiles(reader, order, tiles, seed * 100_003 + epoch, augment, stain)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

@@ -17,7 +17,7 @@ from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
-from dre_fast.nn.tile_encoders import build_tile_encoder, load_hipt_checkpoint
+from dre_fast.nn.tile_encoders import TileEncoder, build_tile_encoder, load_hipt_checkpoint
 from dre_fast.train.config import Config
 
 
@@ -101,7 +101,7 @@ def build_model(
     """The model of a config. ``bank_tiles``: tiles per training slide, empty for inference."""
     encoder = build_tile_encoder(config.model.encoder, **config.model.encoder_args)
     if config.model.encoder_weights:
-        load_hipt_checkpoint(encoder, config.model.encoder_weights)
+        load_encoder_weights(encoder, config.model.encoder_weights)
     memory, dim = config.memory, encoder.dim
     return DRESLCL(
         encoder,
@@ -120,6 +120,26 @@ def build_model(
         grad_scale=memory.grad_scale,
         normalize=config.model.normalize,
     )
+
+
+def load_encoder_weights(encoder: TileEncoder, path: str | Path) -> None:
+    """Load a tile encoder's weights: its own state dict as safetensors, else a HIPT / DINO checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the weights do not fit; names the file and the keys.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+        if state.keys() == encoder.state_dict().keys():
+            try:
+                encoder.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"{path}: {error}") from error
+            return
+    load_hipt_checkpoint(encoder, path)
 
 
 def task_card(task: Task) -> dict[str, Any]:

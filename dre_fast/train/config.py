@@ -38,6 +38,7 @@ class DataConfig:
     max_open: int = 8  # slide handles open at once in each worker
     cache: str | None = None  # folder for files that hold every tile decoded once (uint8), made on first use
     augment: bool = True  # flips and quarter turns of the live tiles
+    stain: float = 0.0  # strength of the stain jitter of the live tiles; 0.2 is plenty
     train_split: str | None = "train"  # null: the whole cohort
     val_split: str | None = "val"  # null: no validation
 
@@ -46,7 +47,9 @@ class DataConfig:
 class ModelConfig:
     encoder: str = "vit-s16"  # conv-tiny | vit-tiny | vit-s16 | timm:NAME | hf:NAME
     encoder_args: dict[str, Any] = field(default_factory=dict)
-    encoder_weights: str | None = None  # HIPT / DINO checkpoint for vit-s16
+    encoder_weights: str | None = (
+        None  # the encoder's own weights (.safetensors), or a HIPT / DINO checkpoint
+    )
     codewords: int = 64
     normalize: list[str] = field(default_factory=lambda: ["intra", "l2"])
     width: int = 256
@@ -137,6 +140,8 @@ class Config:
                 raise ConfigError(f"{key} must be at least 1")
         if self.optim.lr <= 0 or self.optim.encoder_lr_scale < 0:
             raise ConfigError("optim.lr must be > 0 and optim.encoder_lr_scale >= 0")
+        if self.data.stain < 0:
+            raise ConfigError("data.stain must be >= 0")
         if not self.data.cohort:
             raise ConfigError("data.cohort is not set: the cohort CSV")
         if not self.data.tiles:

@@ -160,6 +160,7 @@ class Trainer:
             seed=config.run.seed,
             start=self.batch,
             augment=config.data.augment,
+            stain=config.data.stain,
             workers=config.data.workers,
         )
         remaining = self.steps_per_epoch - self.batch

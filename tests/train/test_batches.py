@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from dre_fast.train.batches import epoch_order, turn_and_flip
+from dre_fast.train.batches import epoch_order, jitter_stain, turn_and_flip
 
 
 def test_turn_and_flip_keeps_each_tile_one_of_its_eight_symmetries():
@@ -25,3 +25,16 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch():
     assert first.equal(epoch_order(50, 0, 0))
     assert not first.equal(epoch_order(50, 0, 1))
     assert not first.equal(epoch_order(50, 1, 0))
+
+
+def test_stain_jitter_follows_beer_lambert_and_leaves_glass_alone():
+    images = (
+        torch.tensor([255, 128, 40], dtype=torch.uint8).view(1, 1, 1, 3).expand(200, 3, 1, 3).contiguous()
+    )
+    jittered = jitter_stain(images, 0.3, torch.Generator().manual_seed(0))
+    assert (jittered[..., 0] == 255).all()  # no stain, nothing to change
+    density = -torch.log(jittered[..., 1:].double().clamp(min=0.5) / 255)
+    factor = density / -torch.log(torch.tensor([128.0, 40.0]).double() / 255)
+    torch.testing.assert_close(factor[..., 0], factor[..., 1], atol=0.06, rtol=0.1)  # uint8 rounding
+    assert 0.2 < factor.log().std() < 0.4
+    assert jitter_stain(images, 0.3, torch.Generator().manual_seed(0)).equal(jittered)
