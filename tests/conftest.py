@@ -18,8 +18,12 @@ DATA_VARIABLE = "DRE_FAST_TEST_DATA"
 _ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        for item in items:
+            if "kernel_device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none (benchmarks/gpu.sh runs it)")
     for item in items:
