@@ -431,7 +431,7 @@ def _paint_benign(
         bins = 12
         turns = np.arange(bins) * np.pi / bins
         stamps = _nucleus_stamps(
-            np.full(bins, 10.5 * um), np.full(bins, 4.2 * um), turns, np.full(bins, 1.1), 0.3, rng
+            np.full(bins, 10.5 * um), np.full(bins, 5.0 * um), turns, np.full(bins, 1.25), 0.3, rng
         )
         slot = np.floor(((angle.reshape(-1) + np.pi / 2) % np.pi) / np.pi * bins).astype(np.int64) % bins
         _place(haematoxylin, stamps, slot, (ring[:, None] + offset).reshape(-1, 2))
@@ -441,7 +441,7 @@ def _paint_benign(
 
     cluster = centres[~vessel]
     if len(cluster):
-        offset, _ = _solid_nuclei(26, radius[~vessel] * 1.05, 0.0, rng)
+        offset, _ = _solid_nuclei(30, radius[~vessel] * 1.05, 0.0, rng)
         n_stamps = 24
         size = 6.3 * um * np.exp(rng.normal(0, 0.06, n_stamps))
         turns = rng.uniform(0, np.pi, n_stamps)
