@@ -16,15 +16,19 @@ from dre_fast.train.config import Config, load_config
 
 MARKER = ".dre_fast_demo"
 TILE, MPP = 64, 1.0
+SLIDE_SIZE = (1152, 896)
+WARM_UP_STEPS = 80
 CONFIG = """
-data: {mpp: null, backend: openslide}
+data: {backend: openslide, stain: 0.25}
 model:
   encoder: conv-tiny
-  codewords: 16
+  encoder_args: {dim: 32, width: 16}
+  codewords: 8
   width: 64
   depth: 1
   heads: 4
-memory: {mode: full, dtype: int8, live: 32, refit_every: 2, kmeans_iterations: 5}
+  dropout: 0.1
+memory: {mode: full, dtype: int8, live: 24, refit_every: 1, kmeans_iterations: 5}
 loss:
   contrastive: infonce
   contrastive_weight: 0.5
@@ -32,13 +36,13 @@ loss:
     - {name: subtype, kind: multiclass}
     - {name: tumour, kind: multiclass}
     - {name: genes, kind: multilabel, columns: [EGFR, TP53], weight: 0.5}
-optim: {epochs: 30, batch_size: 8, lr: 2.0e-3, encoder_lr_scale: 0.5, weight_decay: 0.05, head_warmup_epochs: 2}
-run: {validate_every: 2, checkpoint_every: 1000}
+optim: {epochs: 30, batch_size: 8, lr: 2.0e-3, encoder_lr_scale: 0.05, head_warmup_epochs: 3, weight_decay: 0.05}
+run: {validate_every: 3, checkpoint_every: 1000}
 """
 
 
 def run_demo(
-    out: str | Path, *, seed: int = 0, slides: tuple[int, int, int] = (64, 16, 48)
+    out: str | Path, *, seed: int = 0, slides: tuple[int, int, int] = (160, 32, 64)
 ) -> dict[str, Any]:
     """Generate, tile, embed, train end to end and frozen, evaluate, draw. Returns the summary.
 
@@ -48,7 +52,8 @@ def run_demo(
         slides: training, validation and test slides.
 
     Files: ``summary.json``, ``index.html`` (self-contained), ``cohort/``, ``tiles/``, ``reports.safetensors``,
-    ``end_to_end/`` and ``frozen/`` (runs with predictions and tables), ``figures/``.
+    ``warm_encoder.safetensors`` (where both runs start), ``end_to_end/`` and ``frozen/`` (runs with predictions and
+    tables), ``figures/``.
 
     Raises:
         ValueError: ``out`` holds something else than a demo.
@@ -61,15 +66,17 @@ def run_demo(
     out.mkdir(parents=True)
     (out / MARKER).touch()
 
-    step = _Steps(7)
+    step = _Steps(8)
     step("painting a synthetic cohort of slides")
     cohort_csv = _cohort(out / "cohort", slides, seed)
     step("finding tissue and tiling")
     _tile(cohort_csv, out / "tiles")
     step("embedding the reports")
     _embed_reports(cohort_csv, out / "reports.safetensors")
-    step("training end to end")
+    step("warming up the tile encoder without labels")
     config = _config(cohort_csv, out, seed)
+    _warm_up(config)
+    step("training end to end")
     train(config, out / "end_to_end")
     step("training the same model with its tile encoder frozen")
     train(replace(config, optim=replace(config.optim, freeze_encoder=True)), out / "frozen")
@@ -109,7 +116,7 @@ def _cohort(folder: Path, slides: tuple[int, int, int], seed: int) -> Path:
     from dre_fast.data.synthetic import make_cohort
 
     train_slides, val, test = slides
-    return make_cohort(folder, train=train_slides, val=val, test=test, seed=seed)
+    return make_cohort(folder, train=train_slides, val=val, test=test, seed=seed, size=SLIDE_SIZE)
 
 
 def _tile(cohort_csv: Path, folder: Path) -> None:
@@ -142,9 +149,30 @@ def _config(cohort_csv: Path, out: Path, seed: int) -> Config:
         reports=str(out / "reports.safetensors"),
         cache=str(out / "cache"),
     )
+    tree["model"]["encoder_weights"] = str(out / "warm_encoder.safetensors")
     tree["run"]["seed"] = seed
     write_text_atomic(path, yaml.safe_dump(tree, sort_keys=False))
     return load_config(path)
+
+
+def _warm_up(config: Config) -> None:
+    """Encoders usually come pretrained. Nothing is downloaded here, so a short label-free start stands in for that."""
+    import torch
+
+    from dre_fast.data.cohort import Cohort
+    from dre_fast.nn.tile_encoders import build_tile_encoder
+    from dre_fast.train.build import slide_set
+    from dre_fast.train.pretrain import pretrain_encoder, save_encoder
+
+    assert config.model.encoder_weights is not None
+    assert config.data.cache is not None
+    train_slides = Cohort.read(config.data.cohort).subset("train")
+    cache = Path(config.data.cache) / "train.h5"
+    slides = slide_set(train_slides, train_slides.records, config.data.tiles, cache=cache)
+    torch.manual_seed(config.run.seed)
+    encoder = build_tile_encoder(config.model.encoder, **config.model.encoder_args)
+    pretrain_encoder(encoder, slides.reader, steps=WARM_UP_STEPS, seed=config.run.seed)
+    save_encoder(encoder, config.model.encoder_weights)
 
 
 def train(config: Config, folder: Path) -> None:

@@ -53,7 +53,7 @@ def draw_page(out: Path, cohort_csv: Path, config: Config, summary: dict[str, An
         out / "index.html",
         title="dre_fast demo",
         lead="A slide model trained end to end on synthetic slides and reports, tile encoder included, "
-        "beside the same model with its encoder frozen.",
+        "beside the same model with its encoder frozen. Both start from the same encoder, warmed up without labels.",
         summary=summary,
         figures=[
             Figure(figures / "curves.png", "Training and validation, end to end and frozen"),

@@ -20,9 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--slides",
         type=int,
         nargs=3,
-        default=(64, 16, 48),
+        default=(160, 32, 64),
         metavar=("TRAIN", "VAL", "TEST"),
-        help="number of slides (default: 64 16 48)",
+        help="number of slides (default: 160 32 64)",
     )
     parser.set_defaults(run=run)
 
