@@ -84,12 +84,9 @@ class ReportEmbeddings:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, atomically: ``embeddings`` [M, T], case ids, model and details as metadata."""
-        metadata = {
-            "format": FORMAT,
-            "case_ids": json.dumps(self.case_ids),
-            "model": self.model,
-            "details": json.dumps(self.details),
-        }
+        # One metadata entry: safetensors writes several in no fixed order, and equal embeddings are to be equal files.
+        card = {"case_ids": self.case_ids, "model": self.model, "details": self.details}
+        metadata = {FORMAT: json.dumps(card, sort_keys=True)}
         # save_file would make the file readable by its owner alone; a cohort's embeddings are shared.
         content = need("safetensors.torch", "train").save({"embeddings": self.matrix.contiguous()}, metadata)
         with atomic_path(path) as temporary:
@@ -115,10 +112,10 @@ class ReportEmbeddings:
             ) from None
         except (safetensors.SafetensorError, OSError) as error:
             raise ReportError(f"{path}: cannot read these report embeddings: {error}") from error
-        if metadata.get("format") == FORMAT:
-            details = json.loads(metadata["details"])
-            return cls(json.loads(metadata["case_ids"]), tensors["embeddings"], metadata["model"], details)
-        if metadata.get("format") == TFIDF_FORMAT:
+        if FORMAT in metadata:
+            card = json.loads(metadata[FORMAT])
+            return cls(card["case_ids"], tensors["embeddings"], card["model"], card["details"])
+        if TFIDF_FORMAT in metadata:
             raise ReportError(
                 f"{path}: this is a fitted tfidf-svd model, not embeddings; embed with --model {path} first"
             )

@@ -120,9 +120,7 @@ class TfidfSvd:
             "idf": torch.from_numpy(self.idf),
             "components": torch.from_numpy(self.components).contiguous(),
         }
-        content = need("safetensors.torch", "train").save(
-            tensors, {"format": FORMAT, "terms": json.dumps(self.terms)}
-        )
+        content = need("safetensors.torch", "train").save(tensors, {FORMAT: json.dumps(self.terms)})
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
@@ -137,11 +135,9 @@ class TfidfSvd:
         try:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ReportError(
-                        f"{path}: not a fitted tfidf-svd model (format {metadata.get('format')!r})"
-                    )
-                terms = tuple(json.loads(metadata["terms"]))
+                if FORMAT not in metadata:
+                    raise ReportError(f"{path}: not a fitted tfidf-svd model")
+                terms = tuple(json.loads(metadata[FORMAT]))
                 idf, components = file.get_tensor("idf").numpy(), file.get_tensor("components").numpy()
         except (safetensors.SafetensorError, OSError) as error:
             raise ReportError(f"{path}: cannot read this tfidf-svd model: {error}") from error

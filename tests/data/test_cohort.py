@@ -300,22 +300,10 @@ def test_words_for_no(text):
     assert truth_value(text) == 0.0
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1",
-        "TRUE",
-        "Mutated",
-        "G12C",
-        "E746_A750del",
-        "X331_splice",
-        "T125=",
-        "E298*",
-        "R158Lfs*12",
-        "p.Gly12Cys",
-    ]
-    + ["L858R T790M", "G12C;G13D", "A767_V769dup", "M1?"],
-)
+PROTEIN_CHANGES = ("G12C", "E746_A750del", "X331_splice", "T125=", "E298*", "R158Lfs*12", "p.Gly12Cys", "M1?")
+
+
+@pytest.mark.parametrize("text", ["1", "TRUE", "Mutated", *PROTEIN_CHANGES, "L858R T790M", "G12C;G13D"])
 def test_words_for_yes(text):
     assert truth_value(text) == 1.0
 
