@@ -6,7 +6,7 @@ DRE-SLCL, arXiv 2511.05034, residual encoding (VLAD). The argmin is taken as arg
 V_k as (sum of member rows) - count * c_k, both as matrix products over tiles of rows.
 
 Row ranges. The N rows are cut into P equal ranges; the range ends and the bag ends together cut them into at most
-P + B *segments*, one program each, so a single huge bag and thousands of small ones spread alike. A bag inside one
+P + B + 1 *segments*, one program each, so a single huge bag and thousands of small ones spread alike. A bag inside one
 range is finished by its program; one that spans ranges leaves a partial sum per range (at most two a range), and
 ``_reduce_kernel`` adds those in order. No atomics: the result is the same bits every time.
 
@@ -37,11 +37,12 @@ def _find_segment(cu_ptr, N, B, P, R):
     """Segment of this program: (bag, first row, end row, row range). Empty ones have first >= end.
 
     Range starts {p * R} and bag starts {cu[b]} are merged in order, range starts first among equals; segment i begins
-    at the i-th of them. Of the first i + 1, ``bag + 1`` are bag starts: found by bisection, one load a step.
+    at the i-th of them. Of the first i + 1, ``bag + 1`` are bag starts: found by bisection, one load a step. The rows
+    from cu[B] on, which belong to no bag, are bag number B.
     """
     i = tl.program_id(0).to(tl.int64)
     low = tl.maximum(i + 1 - P, 0)
-    high = tl.minimum(i + 1, B)
+    high = tl.minimum(i + 1, B + 1)
     while low < high:
         middle = (low + high) // 2
         if (i - middle) * R <= tl.load(cu_ptr + middle).to(tl.int64):
@@ -52,10 +53,21 @@ def _find_segment(cu_ptr, N, B, P, R):
     part = i - low
     safe = tl.maximum(bag, 0)
     first = tl.maximum(part * R, tl.load(cu_ptr + safe).to(tl.int64))
-    end = tl.minimum((part + 1) * R, tl.load(cu_ptr + safe + 1).to(tl.int64))
+    end = (part + 1) * R
+    if safe < B:
+        end = tl.minimum(end, tl.load(cu_ptr + safe + 1).to(tl.int64))
     first = tl.maximum(first, 0)
     end = tl.where((bag >= 0) & (part >= 0), tl.minimum(end, N), 0)
     return safe, first, end, part
+
+
+@triton.jit
+def _mark_outside(codes_ptr, first, end, ROWS: tl.constexpr):
+    """Rows of no bag have code -1."""
+    r = tl.arange(0, ROWS)
+    for done in range(0, (end - first).to(tl.int32), ROWS):
+        rows = first + done + r
+        tl.store(codes_ptr + rows, tl.full((ROWS,), -1, tl.int64), mask=rows < end)
 
 
 @triton.jit
@@ -130,6 +142,9 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
     """Assign and add up in one read of the rows: the codebook stays in shared memory, the sums in registers."""
     bag, first, end, part = _find_segment(cu_ptr, N, B, P, R)
     if first >= end:
+        return
+    if bag == B:
+        _mark_outside(codes_ptr, first, end, ROWS)
         return
     DP: tl.constexpr = DT * TILES
     k = tl.arange(0, KP)
@@ -280,6 +295,9 @@ def _aggregate_kernel(x_ptr, stride, c_ptr, cu_ptr, V_ptr, counts_ptr, codes_ptr
     bag, first, end, part = _find_segment(cu_ptr, N, B, P, R)
     if first >= end:
         return
+    if bag == B:
+        _mark_outside(codes_ptr, first, end, ROWS)
+        return
     d0 = tl.program_id(1) * DT
     k0 = tl.program_id(2) * KT
     k = k0 + tl.arange(0, KT)
@@ -360,11 +378,12 @@ def hard_encode(
     Args:
         x: [N, D] rows of all bags, fp32, fp16 or bf16; any row stride (a strided last dimension is copied first).
         codebook: [K, D] fp32 (other float dtypes are converted), 1 <= K <= 1024, 1 <= D <= 2048.
-        cu_seqlens: int32 or int64 [B + 1], row offsets of the bags: 0 first, never falling, N last. Its values are
-            not read on the host, so they are not checked; offsets beyond [0, N] are clamped to it.
+        cu_seqlens: int32 or int64 [B + 1], row offsets of the bags: from 0, never falling; rows past the last
+            belong to no bag. Its values are not read on the host, so they are not checked; offsets are clamped to
+            [0, N].
 
     Returns:
-        V fp32 [B, K, D], sums of residuals; counts int64 [B, K]; codes int64 [N].
+        V fp32 [B, K, D], sums of residuals; counts int64 [B, K]; codes int64 [N], -1 for rows of no bag.
 
     Raises:
         ValueError: wrong shape, dtype, device, or a GPU older than compute capability 8.0.
@@ -380,7 +399,7 @@ def hard_encode(
     counts = x.new_empty((bags, codewords), dtype=torch.int64)
     codes = x.new_empty((rows,), dtype=torch.int64)
     if rows == 0 or bags == 0:
-        return V.zero_(), counts.zero_(), codes.zero_()
+        return V.zero_(), counts.zero_(), codes.fill_(-1)
     if dim > 1 and x.stride(1) != 1:
         x = x.contiguous()
     if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter misreads bf16
@@ -450,7 +469,7 @@ def _launch(
 
     if plan.single is not None:
         one = plan.single
-        _single_kernel[(ranges + bags,)](
+        _single_kernel[(ranges + bags + 1,)](
             x, x.stride(0), parts, scale, half, codebook, cu_seqlens, V, counts, codes, partial, partial_counts,
             *shape, K, D, plan.codewords, one.dim, plan.dim // one.dim, one.rows, plan.parts, one.stages,
             num_warps=one.warps,
@@ -462,7 +481,7 @@ def _launch(
             x, x.stride(0), parts, scale, half, codes, N, K, D, plan.codewords, plan.dim,
             first.codewords, first.dim, first.rows, plan.parts, first.stages, num_warps=first.warps,
         )  # fmt: skip
-        grid = (ranges + bags, plan.dim // second.dim, plan.codewords // second.codewords)
+        grid = (ranges + bags + 1, plan.dim // second.dim, plan.codewords // second.codewords)
         _aggregate_kernel[grid](
             x, x.stride(0), codebook, cu_seqlens, V, counts, codes, partial, partial_counts,
             *shape, K, D, second.codewords, second.dim, second.rows, second.stages, num_warps=second.warps,

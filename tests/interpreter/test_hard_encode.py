@@ -88,6 +88,19 @@ def test_no_bags_and_int32_offsets(kernel_device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dim", [64, 513])
+def test_rows_past_the_last_bag(dim: int, kernel_device: str) -> None:
+    x, codebook, _ = make_bags([400], dim, 7, torch.float16, kernel_device)
+    for bounds in ([0, 90, 300], [0, 64], [0, 0], [0]):
+        cu_seqlens = torch.tensor(bounds, device=kernel_device)
+        V, counts, codes = hard_encode(x, codebook, cu_seqlens)
+        inside = hard_encode(x[: bounds[-1]], codebook, cu_seqlens)
+        assert (codes[bounds[-1] :] == -1).all()
+        assert torch.equal(codes[: bounds[-1]], inside[2])
+        assert torch.equal(counts, inside[1])
+        torch.testing.assert_close(V, inside[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_take_the_lowest_codeword(dtype: torch.dtype, kernel_device: str) -> None:
     x, codebook, bounds = make_bags([90], 32, 5, dtype, kernel_device)
