@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 WRAPPERS = ("teacher", "state_dict", "model")  # tried in this order; a bare state dict has none of them
 PREFIXES = re.compile(r"^(?:module\.|backbone\.|teacher\.)+")
-# DINO name -> transformers name, before transformers 5.6 (left) and since (right); {} is the layer.
+# DINO name -> transformers name. Early 5.x releases call layer i "encoder.layer.i", later ones "layers.i".
 STEM = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
