@@ -112,6 +112,7 @@ def make_cohort(
     normal_fraction: float = 0.25,
     witness: tuple[float, float] = (0.12, 0.22),
     contrast: float = 1.0,
+    texture: float = 1.0,
     stain_variation: float = 1.0,
     missing_genes: float = 0.25,
     two_slide_fraction: float = 0.1,
@@ -129,7 +130,9 @@ def make_cohort(
         size: level-0 width and height in pixels.
         normal_fraction: share of slides without tumour; their `subtype` and gene columns are empty (missing).
         witness: least and greatest fraction of the tissue area taken by tumour in a tumour slide.
-        contrast: strength of the class pattern in (0, 1]; lower is harder.
+        contrast: how clear the arrangement of nuclei is, in [0, 1]; lower is harder.
+        texture: how much the nuclei of the two subtypes differ in shape and chromatin, in [0, 1]. Even an
+            untrained encoder sees texture, so lower is harder for a frozen one above all.
         stain_variation: spread of colour between slides: 0 none, 1 one laboratory, 3 several; higher is
             harder.
         missing_genes: share of tumour slides whose gene status is left empty, drawn for each gene.
@@ -158,6 +161,7 @@ def make_cohort(
         normal_fraction=normal_fraction,
         witness=witness,
         contrast=contrast,
+        texture=texture,
         stain_variation=stain_variation,
         missing_genes=missing_genes,
         two_slide_fraction=two_slide_fraction,
@@ -206,6 +210,7 @@ def plan_cohort(
     normal_fraction: float,
     witness: tuple[float, float],
     contrast: float,
+    texture: float,
     stain_variation: float,
     missing_genes: float,
     two_slide_fraction: float,
@@ -222,6 +227,7 @@ def plan_cohort(
         "witness[0]": witness[0],
         "witness[1]": witness[1],
         "contrast": contrast,
+        "texture": texture,
     }
     for name, value in fractions.items():
         if not 0 <= value <= 1:
@@ -264,6 +270,7 @@ def plan_cohort(
                     subtype=subtype,
                     witness=float(rng.uniform(*witness)),
                     contrast=contrast,
+                    texture=texture,
                     stain_variation=stain_variation,
                 )
                 if subtype is not None:

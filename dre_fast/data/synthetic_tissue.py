@@ -48,6 +48,8 @@ class TissueSpec:
         nuclear_scale: diameter of tumour nuclei relative to the usual one.
         pleomorphism: relative spread of the diameters and darkness of tumour nuclei.
         contrast: 1 is the usual strength of the class pattern; towards 0 the nuclei lose their arrangement.
+        texture: 1 is the usual difference in shape and chromatin of the nuclei of the two subtypes; 0 leaves
+            only their arrangement to tell them apart.
         stain_variation: spread of hue, strength and brightness between slides; 1 is one laboratory on a good
             week, 3 is several laboratories.
     """
@@ -60,6 +62,7 @@ class TissueSpec:
     nuclear_scale: float = 1.0
     pleomorphism: float = 0.1
     contrast: float = 1.0
+    texture: float = 1.0
     stain_variation: float = 1.0
 
 
@@ -402,8 +405,9 @@ def _paint_tumour(
     dark = 1.0 * np.exp(rng.normal(0, 0.6 * spec.pleomorphism, bins * per_bin))
     # Columnar and vesicular (dark rim, pale centre) in glands, round and smudged in nests; area and mean
     # stain agree.
-    aspect, texture = (1.6, 1.0) if glandular else (1.05, 0.1)
-    stamps = _nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, texture, rng)
+    sign = 1 if glandular else -1
+    aspect, chromatin = 1.325 + sign * 0.275 * spec.texture, 0.55 + sign * 0.45 * spec.texture
+    stamps = _nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, chromatin, rng)
     slot = np.floor((orientation.reshape(-1) % np.pi) / np.pi * bins).astype(np.int64) % bins
     _place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
     return np.concatenate([centres, radius[:, None] * 1.2], axis=1)

@@ -22,6 +22,7 @@ PLAN = {
     "normal_fraction": 0.25,
     "witness": (0.1, 0.2),
     "contrast": 1.0,
+    "texture": 1.0,
     "stain_variation": 1.0,
     "missing_genes": 0.25,
     "two_slide_fraction": 0.1,
