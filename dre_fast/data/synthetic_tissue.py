@@ -20,7 +20,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FloatImage = NDArray[np.float32]
+from dre_fast.data.synthetic_shapes import (
+    FloatImage,
+    add,
+    dilate,
+    focus_mask,
+    grid_points,
+    nucleus_stamps,
+    place,
+    smooth,
+    stroma,
+    tissue_mask,
+    zero_sum,
+)
 
 SUBTYPES = ("glandular", "squamous")
 
@@ -79,16 +91,16 @@ def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8]
     """
     shape = (spec.height, spec.width)
     um = 1.0 / spec.mpp  # pixels per micrometre
-    tissue = _tissue_mask(shape, rng)
+    tissue = tissue_mask(shape, rng)
     inside = tissue > 0.5
 
-    angle = _smooth(shape, 260 * um, rng) * np.float32(0.9) + np.float32(rng.uniform(0, np.pi))
-    eosin = _stroma(shape, um, rng)
-    haematoxylin = 0.05 + 0.03 * _smooth(shape, 40 * um, rng)
+    angle = smooth(shape, 260 * um, rng) * np.float32(0.9) + np.float32(rng.uniform(0, np.pi))
+    eosin = stroma(shape, um, rng)
+    haematoxylin = 0.05 + 0.03 * smooth(shape, 40 * um, rng)
 
-    focus = _focus_mask(inside, spec.witness, rng)
-    centres = _grid_points(focus, _STRUCTURE_SPACING * um, rng)
-    stray = _grid_points(inside & ~_dilate(focus), 3.1 * _STRUCTURE_SPACING * um, rng)
+    focus = focus_mask(inside, spec.witness, rng)
+    centres = grid_points(focus, _STRUCTURE_SPACING * um, rng)
+    stray = grid_points(inside & ~dilate(focus), 3.1 * _STRUCTURE_SPACING * um, rng)
     occupied = np.concatenate([centres, stray])
 
     structures = np.zeros((0, 3))
@@ -99,194 +111,6 @@ def paint(spec: TissueSpec, rng: np.random.Generator) -> tuple[NDArray[np.uint8]
     _paint_benign(haematoxylin, eosin, stray, um, rng)
     _paint_stromal_nuclei(haematoxylin, inside, occupied, angle, um, rng)
     return _stain(haematoxylin, eosin, tissue, spec.stain_variation, rng), structures
-
-
-# ---------------------------------------------------------------------------------------------------- fields
-
-
-def _resize(image: FloatImage, shape: tuple[int, int]) -> FloatImage:
-    """Bicubic resize of a float32 image [h, w] to `shape`."""
-    from PIL import Image
-
-    resized = Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-    return np.asarray(resized, dtype=np.float32)
-
-
-def _smooth(shape: tuple[int, int], scale: float, rng: np.random.Generator) -> FloatImage:
-    """Smooth noise of about zero mean and unit deviation that varies over `scale` pixels, float32 [h, w]."""
-    coarse = (max(2, round(shape[0] / scale) + 3), max(2, round(shape[1] / scale) + 3))
-    return _resize(rng.standard_normal(coarse).astype(np.float32), shape)
-
-
-def _tissue_mask(shape: tuple[int, int], rng: np.random.Generator) -> FloatImage:
-    """One or two irregular pieces on glass: float32 [h, w] in [0, 1] with a soft edge."""
-    height, width = shape
-    small = (max(8, height // 8), max(8, width // 8))
-    y, x = np.meshgrid(np.linspace(0, 1, small[0]), np.linspace(0, 1, small[1]), indexing="ij")
-    wobble = 0.16 * _smooth(small, small[0] / 4, rng) + 0.06 * _smooth(small, small[0] / 14, rng)
-    if rng.random() < 0.5:
-        pieces = [
-            (
-                rng.uniform(0.46, 0.54),
-                rng.uniform(0.46, 0.54),
-                rng.uniform(0.33, 0.38),
-                rng.uniform(0.35, 0.40),
-            )
-        ]
-    else:
-        pieces = [
-            (
-                rng.uniform(0.27, 0.30),
-                rng.uniform(0.42, 0.58),
-                rng.uniform(0.20, 0.23),
-                rng.uniform(0.33, 0.39),
-            ),
-            (
-                rng.uniform(0.72, 0.75),
-                rng.uniform(0.42, 0.58),
-                rng.uniform(0.18, 0.21),
-                rng.uniform(0.28, 0.36),
-            ),
-        ]
-    level = np.full(small, -1.0)
-    for cx, cy, rx, ry in pieces:
-        level = np.maximum(level, 1.0 - np.hypot((x - cx) / rx, (y - cy) / ry))
-    level = level + wobble
-    # A margin of glass on every side, whatever the wobble does.
-    margin = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
-    level = np.minimum(level, (margin - 0.03) * 6)
-    return np.clip(_resize((level * 14 + 0.5).astype(np.float32), shape), 0, 1)
-
-
-def _stroma(shape: tuple[int, int], um: float, rng: np.random.Generator) -> FloatImage:
-    """Wavy eosinophilic fibres, float32 [h, w]."""
-    height, width = shape
-    theta = rng.uniform(0, np.pi)
-    y = np.arange(height, dtype=np.float32)[:, None]
-    x = np.arange(width, dtype=np.float32)[None, :]
-    phase = (x * np.float32(np.cos(theta)) + y * np.float32(np.sin(theta))) * np.float32(
-        2 * np.pi / (17 * um)
-    )
-    phase = phase + 5.0 * _smooth(shape, 150 * um, rng) + 1.3 * _smooth(shape, 40 * um, rng)
-    density = 0.5 + 0.11 * _smooth(shape, 120 * um, rng)
-    grain = _smooth(shape, 3 * um, rng)
-    return np.clip(density + 0.10 * np.sin(phase) + 0.05 * grain, 0.05, None).astype(np.float32)
-
-
-def _focus_mask(inside: NDArray[np.bool_], fraction: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """One to three irregular foci that together take `fraction` of the tissue: bool [h, w]."""
-    height, width = inside.shape
-    small = (max(8, height // 8), max(8, width // 8))
-    coarse = inside[:: height // small[0], :: width // small[1]][: small[0], : small[1]]
-    ys, xs = np.nonzero(coarse)
-    if not len(ys):
-        return np.zeros_like(inside)
-    seeds = rng.integers(len(ys), size=int(rng.integers(1, 4)))
-    score = np.full(coarse.shape, np.inf)
-    y, x = np.mgrid[: coarse.shape[0], : coarse.shape[1]]
-    for seed in seeds:
-        score = np.minimum(score, np.hypot(y - ys[seed], x - xs[seed]) / coarse.shape[0])
-    score = score + 0.045 * _smooth(coarse.shape, coarse.shape[0] / 9, rng)
-    threshold = np.quantile(score[coarse], fraction)
-    focus = _resize((threshold - score).astype(np.float32), (height, width)) > 0
-    return focus & inside
-
-
-def _dilate(mask: NDArray[np.bool_], pixels: int = 24) -> NDArray[np.bool_]:
-    """Grows a mask by about `pixels` on every side."""
-    grown = mask.copy()
-    for axis in (0, 1):
-        base = grown.copy()
-        for step in (pixels, -pixels, pixels // 2, -(pixels // 2)):
-            grown |= np.roll(base, step, axis=axis)
-    return grown
-
-
-def _grid_points(mask: NDArray[np.bool_], spacing: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Jittered hexagonal grid points inside a mask, float64 [n, 2] as (x, y)."""
-    height, width = mask.shape
-    rows = np.arange(spacing / 2, height, spacing * 0.88)
-    cols = np.arange(spacing / 2, width, spacing)
-    x = cols[None, :] + (np.arange(len(rows)) % 2)[:, None] * spacing / 2
-    y = np.broadcast_to(rows[:, None], x.shape)
-    points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(-0.15, 0.15, (x.size, 2)) * spacing
-    points = points + rng.uniform(-0.5, 0.5, 2) * spacing
-    points = points[rng.random(len(points)) > 0.1]  # gaps, and the jitter, hide the grid
-    ok = (points[:, 0] >= 0) & (points[:, 0] < width) & (points[:, 1] >= 0) & (points[:, 1] < height)
-    points = points[ok]
-    return points[mask[points[:, 1].astype(int), points[:, 0].astype(int)]]
-
-
-# ---------------------------------------------------------------------------------------------------- stamps
-
-
-def _nucleus_stamps(
-    length: NDArray[np.float64],
-    width: NDArray[np.float64],
-    orientation: NDArray[np.float64],
-    darkness: NDArray[np.float64],
-    texture: float,
-    rng: np.random.Generator,
-) -> FloatImage:
-    """Soft-edged ellipses with chromatin texture, float32 [n, s, s]; lengths in pixels, orientation in
-    radians."""
-    half = int(np.ceil(length.max() / 2 + 1.5))
-    axis = np.arange(-half, half + 1, dtype=np.float64)
-    y, x = axis[None, :, None], axis[None, None, :]
-    cos, sin = np.cos(orientation)[:, None, None], np.sin(orientation)[:, None, None]
-    u, v = x * cos + y * sin, -x * sin + y * cos
-    a, b = length[:, None, None] / 2, width[:, None, None] / 2
-    radius = np.hypot(u / a, v / b)
-    # Distance to the edge in pixels, about: one pixel of ramp is the anti-aliasing.
-    body = np.clip((1 - radius) * np.minimum(a, b) + 0.5, 0, 1)
-    rim = np.exp(-(((radius - 0.85) / 0.22) ** 2))
-    noise = rng.standard_normal((len(length), len(axis), len(axis)))
-    stamps = body * np.clip(1 - texture * 0.6 * (1 - rim) + texture * 0.2 * noise, 0.15, 1.6)
-    # The same stain per area whatever the texture, so that vesicular and smudged nuclei are equally dark on
-    # average.
-    stamps *= (0.85 * darkness * body.sum((1, 2)) / stamps.sum((1, 2)))[:, None, None]
-    return stamps.astype(np.float32)
-
-
-def _place(
-    image: FloatImage, stamps: FloatImage, which: NDArray[np.int64], points: NDArray[np.float64]
-) -> None:
-    """Stamps `stamps[which[i]]` at `points[i]` (x, y), keeping the larger value; parts outside the image are
-    cut."""
-    height, width = image.shape
-    half = stamps.shape[1] // 2
-    offset = np.arange(-half, half + 1)
-    y = np.rint(points[:, 1]).astype(np.int64)[:, None, None] + offset[None, :, None]
-    x = np.rint(points[:, 0]).astype(np.int64)[:, None, None] + offset[None, None, :]
-    ok = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (stamps[which] > 0)
-    flat = (y * width + x)[ok]
-    np.maximum.at(image.reshape(-1), flat, stamps[which][ok])
-
-
-def _add(
-    image: FloatImage, stamps: FloatImage, which: NDArray[np.int64], points: NDArray[np.float64]
-) -> None:
-    """Adds `stamps[which[i]]` at `points[i]` (x, y); parts outside the image are cut."""
-    height, width = image.shape
-    half = stamps.shape[1] // 2
-    for index, (px, py) in zip(which, np.rint(points).astype(int)):
-        y0, x0 = py - half, px - half
-        top, left = max(0, -y0), max(0, -x0)
-        bottom = min(stamps.shape[1], height - y0)
-        right = min(stamps.shape[2], width - x0)
-        if bottom > top and right > left:
-            image[y0 + top : y0 + bottom, x0 + left : x0 + right] += stamps[index, top:bottom, left:right]
-
-
-def _zero_sum(delta: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-    """Shifts mass between the two signs of a pattern so that it sums to zero, and sets its energy.
-
-    The energy fixes the second-order change of mean colour, which is the same for every pattern of one
-    strength.
-    """
-    positive, negative = np.clip(delta, 0, None), np.clip(-delta, 0, None)
-    balanced = positive / positive.sum() - negative / negative.sum()
-    return balanced * (strength / np.sqrt((balanced**2).sum()))
 
 
 # ------------------------------------------------------------------------------------------------ structures
@@ -393,9 +217,9 @@ def _paint_tumour(
     # brightness.
     pattern, strength = (_gland_eosin, 6.0) if glandular else (_nest_eosin, 10.0)
     strength *= um * spec.contrast
-    variants = [_zero_sum(pattern(r, half, rng), strength) for r in np.linspace(*_RADIUS_RANGE, 6) * um]
+    variants = [zero_sum(pattern(r, half, rng), strength) for r in np.linspace(*_RADIUS_RANGE, 6) * um]
     which = np.clip(np.searchsorted(np.linspace(*_RADIUS_RANGE, 6) * um, radius), 0, 5)
-    _add(eosin, np.stack(variants).astype(np.float32), which, centres)
+    add(eosin, np.stack(variants).astype(np.float32), which, centres)
 
     points = (centres[:, None] + offset).reshape(-1, 2)
     bins = 12
@@ -407,9 +231,9 @@ def _paint_tumour(
     # stain agree.
     sign = 1 if glandular else -1
     aspect, chromatin = 1.325 + sign * 0.275 * spec.texture, 0.55 + sign * 0.45 * spec.texture
-    stamps = _nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, chromatin, rng)
+    stamps = nucleus_stamps(size * aspect**0.5, size / aspect**0.5, turns, dark, chromatin, rng)
     slot = np.floor((orientation.reshape(-1) % np.pi) / np.pi * bins).astype(np.int64) % bins
-    _place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
+    place(haematoxylin, stamps, slot * per_bin + rng.integers(per_bin, size=len(points)), points)
     return np.concatenate([centres, radius[:, None] * 1.2], axis=1)
 
 
@@ -434,14 +258,14 @@ def _paint_benign(
         offset, angle = _ring_nuclei(13, radius[vessel] * 0.95, rng)
         bins = 12
         turns = np.arange(bins) * np.pi / bins
-        stamps = _nucleus_stamps(
+        stamps = nucleus_stamps(
             np.full(bins, 10.5 * um), np.full(bins, 5.0 * um), turns, np.full(bins, 1.25), 0.3, rng
         )
         slot = np.floor(((angle.reshape(-1) + np.pi / 2) % np.pi) / np.pi * bins).astype(np.int64) % bins
-        _place(haematoxylin, stamps, slot, (ring[:, None] + offset).reshape(-1, 2))
+        place(haematoxylin, stamps, slot, (ring[:, None] + offset).reshape(-1, 2))
         half = int(np.ceil(1.8 * _RADIUS_RANGE[1] * um))
-        variants = np.stack([_zero_sum(_vessel_eosin(17.0 * um, half, rng), 6.0 * um) for _ in range(6)])
-        _add(eosin, variants.astype(np.float32), rng.integers(6, size=len(ring)), ring)
+        variants = np.stack([zero_sum(_vessel_eosin(17.0 * um, half, rng), 6.0 * um) for _ in range(6)])
+        add(eosin, variants.astype(np.float32), rng.integers(6, size=len(ring)), ring)
 
     cluster = centres[~vessel]
     if len(cluster):
@@ -449,9 +273,9 @@ def _paint_benign(
         n_stamps = 24
         size = 6.3 * um * np.exp(rng.normal(0, 0.06, n_stamps))
         turns = rng.uniform(0, np.pi, n_stamps)
-        stamps = _nucleus_stamps(size * 1.04, size * 0.96, turns, np.full(n_stamps, 1.25), 0.25, rng)
+        stamps = nucleus_stamps(size * 1.04, size * 0.96, turns, np.full(n_stamps, 1.25), 0.25, rng)
         points = (cluster[:, None] + offset).reshape(-1, 2)
-        _place(haematoxylin, stamps, rng.integers(n_stamps, size=len(points)), points)
+        place(haematoxylin, stamps, rng.integers(n_stamps, size=len(points)), points)
 
 
 def _paint_stromal_nuclei(
@@ -482,8 +306,8 @@ def _paint_stromal_nuclei(
     bins, per_bin = 12, 4
     turns = np.repeat(np.arange(bins) * np.pi / bins, per_bin)
     size = 10.5 * um * np.exp(rng.normal(0, 0.15, bins * per_bin))
-    spindle = _nucleus_stamps(size, size * 0.38, turns, np.full(bins * per_bin, 1.0), 0.4, rng)
-    round_cells = _nucleus_stamps(
+    spindle = nucleus_stamps(size, size * 0.38, turns, np.full(bins * per_bin, 1.0), 0.4, rng)
+    round_cells = nucleus_stamps(
         np.full(8, 6.2 * um), np.full(8, 5.8 * um), np.zeros(8), np.full(8, 1.2), 0.25, rng
     )
     is_round = rng.random(len(points)) < 0.2
@@ -492,8 +316,8 @@ def _paint_stromal_nuclei(
         0, 0.3, len(at)
     )
     slot = np.floor((local % np.pi) / np.pi * bins).astype(np.int64) % bins
-    _place(haematoxylin, spindle, slot * per_bin + rng.integers(per_bin, size=len(at)), points[~is_round])
-    _place(haematoxylin, round_cells, rng.integers(8, size=int(is_round.sum())), points[is_round])
+    place(haematoxylin, spindle, slot * per_bin + rng.integers(per_bin, size=len(at)), points[~is_round])
+    place(haematoxylin, round_cells, rng.integers(8, size=int(is_round.sum())), points[is_round])
 
 
 # ---------------------------------------------------------------------------------------------------- colour
