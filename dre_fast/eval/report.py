@@ -37,7 +37,8 @@ h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
   overflow-wrap: anywhere; }
 .numbers dd.text { font-size: .95rem; font-weight: 500; }
 figure { margin: 0 0 1.2rem; overflow: hidden; }
-figure img { display: block; width: 100%; height: auto; background: #ffffff; }
+figure div { overflow-x: auto; }
+figure img { display: block; width: 100%; min-width: 40rem; height: auto; background: #ffffff; }
 figcaption { padding: .6rem .9rem; color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
@@ -146,7 +147,7 @@ def _figure(figure: Figure) -> str:
     data = base64.b64encode(file.read_bytes()).decode("ascii")
     caption = html.escape(figure.caption)
     return (
-        f'<figure><img src="data:{media};base64,{data}" alt="{caption}" loading="lazy">'
+        f'<figure><div><img src="data:{media};base64,{data}" alt="{caption}" loading="lazy"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
