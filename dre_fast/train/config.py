@@ -24,6 +24,9 @@ class TaskConfig:
     name: str = ""
     kind: str = "multiclass"  # multiclass | binary | multilabel
     columns: list[str] = field(default_factory=list)
+    classes: list[str] = field(
+        default_factory=list
+    )  # order of the logits; binary: [negative, positive] in other words
     weight: float = 1.0
 
 
@@ -37,6 +40,9 @@ class DataConfig:
     workers: int = 0  # processes that read tiles ahead
     max_open: int = 8  # slide handles open at once in each worker
     cache: str | None = None  # folder for files that hold every tile decoded once (uint8), made on first use
+    missing_values: list[str] = field(
+        default_factory=lambda: ["", "NA"]
+    )  # cells without a label; add NS for cBioPortal
     augment: bool = True  # flips and quarter turns of the live tiles
     stain: float = 0.0  # strength of the stain jitter of the live tiles; 0.2 is plenty
     train_split: str | None = "train"  # null: the whole cohort

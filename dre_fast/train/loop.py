@@ -71,11 +71,12 @@ class Trainer:
 
     def _prepare_data(self) -> None:
         data, loss = self.config.data, self.config.loss
-        cohort = Cohort.read(data.cohort)
+        cohort = Cohort.read(data.cohort, missing_values=data.missing_values)
         train = cohort.subset(data.train_split).records
         val = cohort.subset(data.val_split).records if data.val_split else ()
         self.tasks = [
-            cohort.resolve(Task(task.name, task.kind, columns=tuple(task.columns))) for task in loss.tasks
+            cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
+            for task in loss.tasks
         ]
         self.task_weight = {task.name: task.weight for task in loss.tasks}
         self.reports = load_reports(data.reports) if loss.contrastive else None

@@ -87,7 +87,7 @@ def _view(tiles: Tensor, stain: float, generator: torch.Generator) -> Tensor:
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
     """Write an encoder's weights as safetensors, for ``model.encoder_weights``."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with atomic_path(path) as temporary:
-        save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, temporary)
+        temporary.write_bytes(save({k: v.contiguous() for k, v in encoder.state_dict().items()}))

@@ -50,10 +50,11 @@ def deployable(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
     """Write a deployable model as safetensors with its card (config, tasks, dimensions) as JSON metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with atomic_path(path) as temporary:
-        save_file(deployable(state), temporary, metadata={"dre_fast": json.dumps(card)})
+        # not save_file: it makes files that only their owner can read
+        temporary.write_bytes(save(deployable(state), metadata={"dre_fast": json.dumps(card)}))
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
