@@ -223,6 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dre_fast.kernels.resources", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=list(config.ARCHS), help="default: all")
     parser.add_argument("--headline", action="store_true", help="only the bf16 shapes K=64, D=384 and D=1024")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table of this Markdown page")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -234,9 +235,20 @@ def main() -> int:
             {"name": c.name, **{f: getattr(c, f) for f in fields}, **dataclasses.asdict(u)} for c, u in rows
         ]
         print(json.dumps(entries, indent=1))
+    elif arguments.write:
+        _replace_table(arguments.write, table(rows))
     else:
         print(table(rows))
     return 0
+
+
+def _replace_table(page: Path, text: str) -> None:
+    """Put the table between the two marker lines of a Markdown page. Raises ValueError where they are missing."""
+    before, start, rest = page.read_text().partition("<!-- resources: begin -->\n")
+    _, end, after = rest.partition("<!-- resources: end -->\n")
+    if not start or not end:
+        raise ValueError(f"{page}: no lines <!-- resources: begin --> and <!-- resources: end -->")
+    page.write_text(f"{before}{start}{text}\n{end}{after}")
 
 
 if __name__ == "__main__":
