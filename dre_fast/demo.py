@@ -17,7 +17,7 @@ from dre_fast.train.config import Config, load_config
 MARKER = ".dre_fast_demo"
 TILE, MPP = 64, 1.0
 SLIDE_SIZE = (1152, 896)
-WARM_UP_STEPS = 80
+WARM_UP_STEPS = 50
 CONFIG = """
 data: {backend: openslide, stain: 0.25}
 model:
@@ -36,7 +36,7 @@ loss:
     - {name: subtype, kind: multiclass}
     - {name: tumour, kind: multiclass}
     - {name: genes, kind: multilabel, columns: [EGFR, TP53], weight: 0.5}
-optim: {epochs: 30, batch_size: 8, lr: 2.0e-3, encoder_lr_scale: 0.05, head_warmup_epochs: 3, weight_decay: 0.05}
+optim: {epochs: 45, batch_size: 8, lr: 2.0e-3, encoder_lr_scale: 0.05, head_warmup_epochs: 3, weight_decay: 0.05}
 run: {validate_every: 3, checkpoint_every: 1000}
 """
 
@@ -116,7 +116,9 @@ def _cohort(folder: Path, slides: tuple[int, int, int], seed: int) -> Path:
     from dre_fast.data.synthetic import make_cohort
 
     train_slides, val, test = slides
-    return make_cohort(folder, train=train_slides, val=val, test=test, seed=seed, size=SLIDE_SIZE)
+    return make_cohort(
+        folder, train=train_slides, val=val, test=test, seed=seed, size=SLIDE_SIZE, stain_variation=2.0
+    )
 
 
 def _tile(cohort_csv: Path, folder: Path) -> None:

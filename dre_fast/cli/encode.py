@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dre_fast.cli.common import add_model_and_slides
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -13,17 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the report space and task logits.",
         epilog="example: dre-fast encode runs/a --cohort new.csv --tiles tiles --out new.safetensors",
     )
-    parser.add_argument("model", help="run folder, or a .safetensors model file")
-    parser.add_argument("--cohort", required=True, help="cohort CSV; labels and splits are not needed")
-    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    add_model_and_slides(parser)
     parser.add_argument("--out", required=True, help="output file, .safetensors or .h5")
     parser.add_argument("--split", help="only the slides of this split")
-    parser.add_argument(
-        "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
-    )
-    parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--chunk", type=int, default=256, help="tiles encoded at once")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast dtype")
     parser.set_defaults(run=run)
 
@@ -38,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.train.inference import encode_slides, load_run
     from dre_fast.train.loop import pick_device
 
-    if args.chunk < 1:
-        raise ValueError("--chunk must be at least 1")
     device = pick_device(args.device)
     loaded = load_run(args.model, device)
     cohort = Cohort.read(args.cohort).subset(args.split)

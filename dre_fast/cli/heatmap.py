@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dre_fast.cli.common import add_model_and_slides
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -13,9 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "logit: <d logit / d V_k, x_i - c_k>, over the thumbnail.",
         epilog="example: dre-fast heatmap runs/a --cohort cohort.csv --tiles tiles --slide S1 --task subtype --out maps",
     )
-    parser.add_argument("model", help="run folder, or a .safetensors model file")
-    parser.add_argument("--cohort", required=True, help="cohort CSV")
-    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    add_model_and_slides(parser)
     parser.add_argument("--out", required=True, help="folder for ID_codewords.png and ID_TASK_CLASS.png")
     parser.add_argument(
         "--slide", action="append", help="slide id; repeat for several (default: every slide)"
@@ -24,11 +24,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--class", dest="target", help="class or column of the map (default: the predicted one)"
     )
-    parser.add_argument(
-        "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
-    )
-    parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.set_defaults(run=run)
 
 
@@ -46,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         cohort = cohort.select(args.slide)
     slides = slide_set(cohort, cohort.records, args.tiles, backend=args.backend, mpp=args.mpp)
     for i in progress(range(len(slides)), "heatmap", unit="slide"):
-        for file in draw_slide(loaded, slides, i, args.out, task=args.task, target=args.target):
+        for file in draw_slide(
+            loaded, slides, i, args.out, task=args.task, target=args.target, chunk=args.chunk
+        ):
             print(file)
     return 0

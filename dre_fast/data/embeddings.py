@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import atomic_path, write_tensors
+from dre_fast.data.optional import need
 
 FORMAT = "dre_fast.slide_embeddings"
 VERSION = 1
@@ -108,18 +109,16 @@ class SlideEmbeddings:
             ImportError: the package the format needs is missing.
         """
         suffix = _suffix(path)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        with atomic_path(path) as temporary:
-            if suffix == ".safetensors":
-                _safetensors().save_file(tensors, temporary, metadata=self._metadata())
-                return
-            with _h5py().File(temporary, "w") as file:
-                for name, tensor in tensors.items():
-                    file.create_dataset(name, data=tensor.numpy())
-                file.create_dataset("slide_ids", data=self.slide_ids, dtype=_h5py().string_dtype())
-                for name, value in self._metadata().items():
-                    if name != "slide_ids":
-                        file.attrs[name] = value
+        if suffix == ".safetensors":
+            write_tensors(path, self._tensors(), self._metadata())
+            return
+        with atomic_path(path) as temporary, need("h5py", "wsi").File(temporary, "w") as file:
+            for name, tensor in self._tensors().items():
+                file.create_dataset(name, data=tensor.detach().cpu().numpy())
+            file.create_dataset("slide_ids", data=self.slide_ids, dtype=need("h5py", "wsi").string_dtype())
+            for name, value in self._metadata().items():
+                if name != "slide_ids":
+                    file.attrs[name] = value
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SlideEmbeddings:
@@ -134,11 +133,11 @@ class SlideEmbeddings:
             raise FileNotFoundError(f"{path}: no such file of slide embeddings")
         try:
             if suffix == ".safetensors":
-                with _safetensors().safe_open(path, framework="pt") as file:
+                with need("safetensors", "train").safe_open(path, framework="pt") as file:
                     metadata = dict(file.metadata() or {})
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no iterator
             else:
-                with _h5py().File(path, "r") as file:
+                with need("h5py", "wsi").File(path, "r") as file:
                     metadata = {name: str(value) for name, value in file.attrs.items()}
                     tensors = {}
                     for name in [*file, *(f"logits/{task}" for task in file.get("logits", ()))]:
@@ -196,28 +195,3 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     if suffix not in (".safetensors", ".h5", ".hdf5"):
         raise ValueError(f"{path}: slide embeddings are kept as .safetensors, .h5 or .hdf5, not {suffix!r}")
     return suffix
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "slide embeddings as .safetensors need safetensors: pip install 'dre_fast[train]'"
-        ) from error
-    return _SafetensorsCalls(safetensors.torch.save_file, safetensors.safe_open)
-
-
-@dataclass(frozen=True)
-class _SafetensorsCalls:
-    save_file: Any
-    safe_open: Any
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("slide embeddings as .h5 need h5py: pip install 'dre_fast[wsi]'") from error
-    return h5py

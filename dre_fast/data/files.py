@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
+
+from dre_fast.data.optional import need
 
 
 @contextlib.contextmanager
@@ -38,6 +42,23 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 ``text`` to ``path`` with Unix line ends: all of it or nothing."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors (any device and strides) as safetensors: all of it or nothing.
+
+    Not by ``safetensors.torch.save_file``, which makes files that only their owner can read. It also orders several
+    metadata entries at random: give one, and equal contents make equal files.
+
+    Raises:
+        ImportError: safetensors is missing; says how to get it.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = need("safetensors.torch", "train").save(plain, metadata and dict(metadata))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _sync_folder(folder: Path) -> None:

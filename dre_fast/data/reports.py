@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.cohort import Cohort, case_of
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import write_tensors
 from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError, read_table
 from dre_fast.data.text_encoders import TextEncoder
@@ -87,10 +87,7 @@ class ReportEmbeddings:
         # One metadata entry: safetensors writes several in no fixed order, and equal embeddings are to be equal files.
         card = {"case_ids": self.case_ids, "model": self.model, "details": self.details}
         metadata = {FORMAT: json.dumps(card, sort_keys=True)}
-        # save_file would make the file readable by its owner alone; a cohort's embeddings are shared.
-        content = need("safetensors.torch", "train").save({"embeddings": self.matrix.contiguous()}, metadata)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+        write_tensors(path, {"embeddings": self.matrix}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ReportEmbeddings:

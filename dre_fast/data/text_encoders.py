@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import write_tensors
 from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError
 from dre_fast.progress import progress
@@ -276,6 +276,4 @@ def _from_cache(folder: Path | None, key: str) -> Tensor | None:
 def _to_cache(folder: Path | None, key: str, vector: Tensor) -> None:
     if folder is None:
         return
-    content = need("safetensors.torch", "train").save({"embedding": vector.contiguous()})
-    with atomic_path(folder / f"{key}.safetensors") as temporary:
-        temporary.write_bytes(content)
+    write_tensors(folder / f"{key}.safetensors", {"embedding": vector})

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import write_tensors
 from dre_fast.data.optional import need
 from dre_fast.data.tables import ReportError
 
@@ -120,9 +120,7 @@ class TfidfSvd:
             "idf": torch.from_numpy(self.idf),
             "components": torch.from_numpy(self.components).contiguous(),
         }
-        content = need("safetensors.torch", "train").save(tensors, {FORMAT: json.dumps(self.terms)})
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+        write_tensors(path, tensors, {FORMAT: json.dumps(self.terms)})
 
     @classmethod
     def load(cls, path: str | Path) -> TfidfSvd:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import write_tensors
 from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.tile_encoders import TileEncoder
@@ -55,18 +55,17 @@ def pretrain_encoder(
     for step in progress(range(steps), "pretrain", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        slides = torch.randint(len(reader), (slides_per_step,), generator=generator).tolist()
-        tiles = torch.cat(
-            [
-                reader.read(
-                    s, torch.randint(reader.tiles_per_slide[s], (tiles_per_slide,), generator=generator)
-                )
-                for s in slides
-            ]
-        )
+        picked = [
+            (slide, torch.randint(reader.tiles_per_slide[slide], (tiles_per_slide,), generator=generator))
+            for slide in torch.randint(len(reader), (slides_per_step,), generator=generator).tolist()
+        ]
+        tiles = torch.cat([reader.read(slide, ids) for slide, ids in picked])
+        names = torch.cat(
+            [(slide << 32) + ids for slide, ids in picked]
+        )  # a tile drawn twice is no negative of itself
         views = torch.cat([_view(tiles, stain, generator) for _ in range(2)])
         first, second = projection(encoder(views)).chunk(2)
-        loss = contrast(first, second, torch.arange(len(tiles)))
+        loss = contrast(first, second, names)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,7 +86,4 @@ def _view(tiles: Tensor, stain: float, generator: torch.Generator) -> Tensor:
 
 def save_encoder(encoder: nn.Module, path: str | Path) -> None:
     """Write an encoder's weights as safetensors, for ``model.encoder_weights``."""
-    from safetensors.torch import save
-
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save({k: v.contiguous() for k, v in encoder.state_dict().items()}))
+    write_tensors(path, encoder.state_dict())

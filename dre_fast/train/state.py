@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dre_fast.data.files import atomic_path
+from dre_fast.data.files import atomic_path, write_tensors
 
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
 _FORMAT = "dre_fast-checkpoint-1"
@@ -42,19 +42,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def deployable(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's state without the rows of the bank: weights and codebook, all that inference needs."""
     return {
-        key: value.detach().contiguous()
-        for key, value in state.items()
-        if not key.startswith("bank.") or key == "bank.codebook"
+        key: value for key, value in state.items() if not key.startswith("bank.") or key == "bank.codebook"
     }
 
 
 def save_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
     """Write a deployable model as safetensors with its card (config, tasks, dimensions) as JSON metadata."""
-    from safetensors.torch import save
-
-    with atomic_path(path) as temporary:
-        # not save_file: it makes files that only their owner can read
-        temporary.write_bytes(save(deployable(state), metadata={"dre_fast": json.dumps(card)}))
+    write_tensors(path, deployable(state), {"dre_fast": json.dumps(card)})
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

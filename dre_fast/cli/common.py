@@ -1,0 +1,24 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
+    """A trained model and the tiled cohort it is applied to."""
+    parser.add_argument("model", help="run folder, or a .safetensors model file")
+    parser.add_argument("--cohort", required=True, help="cohort CSV; labels and splits are not needed")
+    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    parser.add_argument(
+        "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
+    )
+    parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--chunk", type=_positive, default=256, help="tiles encoded at once")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
