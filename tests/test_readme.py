@@ -15,7 +15,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 
 def run(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -35,9 +37,13 @@ def test_every_block_is_tested():
 def test_commands_of_the_readme_exist():
     from dre_fast.cli import build_parser
 
-    commands = set(re.findall(r"^dre-fast ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = set(
+        re.findall(r"^dre-fast ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     parser = build_parser()
-    choices = next(action.choices for action in parser._actions if action.choices and "train" in action.choices)
+    choices = next(
+        action.choices for action in parser._actions if action.choices and "train" in action.choices
+    )
     assert commands <= set(choices)
     for name in choices:
         with pytest.raises(SystemExit) as stopped:

@@ -23,7 +23,15 @@ def cohort(test_data: Path, tmp_path: Path) -> Path:
     slides = test_data / "slides"
     rows = [
         ("CMU-1-A", "cmu-a", slides / "CMU-1-Small-Region.svs", "report.txt", "skin", "1", "train"),
-        (f"{CASE}-01A-01-TS1", "", slides / "TCGA-CR-7395-01A-01-TS1.svs", texts[1][1], "head", "WT", "train"),
+        (
+            f"{CASE}-01A-01-TS1",
+            "",
+            slides / "TCGA-CR-7395-01A-01-TS1.svs",
+            texts[1][1],
+            "head",
+            "WT",
+            "train",
+        ),
         ("CMU-1-B", "cmu-b", slides / "CMU-1-Small-Region.svs", texts[2][1], "skin", "", "val"),
         ("TCGA-CR-7396-01A", "", slides / "TCGA-CR-7395-01A-01-TS1.svs", texts[3][1], "head", "G12C", "val"),
     ]
@@ -40,7 +48,9 @@ def command(*words: object) -> int:
 
 @pytest.mark.slow
 def test_tile_embed_train_encode_evaluate_heatmap(cohort, capsys):
-    table, tiles, reports, run = (cohort / name for name in ("cohort.csv", "tiles", "reports.safetensors", "run"))
+    table, tiles, reports, run = (
+        cohort / name for name in ("cohort.csv", "tiles", "reports.safetensors", "run")
+    )
     assert command("tile", table, "--out", tiles) == 2
     message = capsys.readouterr().err
     assert "TCGA-CR-7395-01A-01-TS1" in message
@@ -72,13 +82,20 @@ def test_tile_embed_train_encode_evaluate_heatmap(cohort, capsys):
     assert sum(losses[-3:]) < sum(losses[:3])
 
     predictions = cohort / "all.safetensors"
-    assert command("encode", run, "--cohort", table, "--tiles", tiles, "--mpp", 0.5, "--out", predictions) == 0
-    assert command("evaluate", predictions, "--cohort", table, "--bootstrap", 50, "--out", cohort / "results") == 0
+    assert (
+        command("encode", run, "--cohort", table, "--tiles", tiles, "--mpp", 0.5, "--out", predictions) == 0
+    )
+    assert (
+        command("evaluate", predictions, "--cohort", table, "--bootstrap", 50, "--out", cohort / "results")
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "auc" in printed
     assert "KRAS" in printed
     maps = cohort / "maps"
-    assert command("heatmap", run, "--cohort", table, "--tiles", tiles, "--slide", "CMU-1-A", "--out", maps) == 0
+    assert (
+        command("heatmap", run, "--cohort", table, "--tiles", tiles, "--slide", "CMU-1-A", "--out", maps) == 0
+    )
     assert {file.name for file in maps.iterdir()} >= {"CMU-1-A_codewords.png"}
 
 
