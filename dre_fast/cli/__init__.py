@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 COMMANDS = ("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap", "info")
 
@@ -23,13 +26,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line, without the source line that gave it; our own are meant for the user."""
+    source = "" if f"{os.sep}dre_fast{os.sep}" in filename else f"{filename}: {category.__name__}: "
+    print(f"note: {source}{message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0; 2 for a fault of the user's input (printed as one line); 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes the section.key=value of `train` from one place only; people write them around the options
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
-        return int(args.run(args))
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(args.run(args))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for its name alone
+            raise
+        print(
+            f"error: {error}\nLower memory.live, optim.batch_size or run.encode_chunk (train), --chunk (encode, heatmap)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,11 @@ def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
     )
     parser.add_argument("--mpp", type=float, help="um/px of slides that do not say")
+    parser.add_argument(
+        "--skip-untiled",
+        action="store_true",
+        help="leave out slides without tiles, e.g. those that `dre-fast tile --skip-bad` skipped",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--chunk", type=_positive, default=256, help="tiles encoded at once")
 

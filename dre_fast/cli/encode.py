@@ -35,7 +35,14 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     loaded = load_run(args.model, device)
     cohort = Cohort.read(args.cohort).subset(args.split)
-    slides = slide_set(cohort, cohort.records, args.tiles, backend=args.backend, mpp=args.mpp)
+    slides = slide_set(
+        cohort,
+        cohort.records,
+        args.tiles,
+        backend=args.backend,
+        mpp=args.mpp,
+        skip_untiled=args.skip_untiled,
+    )
 
     def autocast() -> contextlib.AbstractContextManager:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)

@@ -39,7 +39,14 @@ def run(args: argparse.Namespace) -> int:
     cohort = Cohort.read(args.cohort)
     if args.slide:
         cohort = cohort.select(args.slide)
-    slides = slide_set(cohort, cohort.records, args.tiles, backend=args.backend, mpp=args.mpp)
+    slides = slide_set(
+        cohort,
+        cohort.records,
+        args.tiles,
+        backend=args.backend,
+        mpp=args.mpp,
+        skip_untiled=args.skip_untiled,
+    )
     for i in progress(range(len(slides)), "heatmap", unit="slide"):
         for file in draw_slide(
             loaded, slides, i, args.out, task=args.task, target=args.target, chunk=args.chunk

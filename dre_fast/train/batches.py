@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
@@ -22,7 +22,7 @@ class Batch:
     images: Tensor
 
 
-class _LiveTiles(Dataset[Tensor]):
+class _LiveTiles(Dataset["Tensor | ValueError"]):
     def __init__(
         self,
         reader: TileReader | CachedTileReader,
@@ -38,15 +38,27 @@ class _LiveTiles(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.slides)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | ValueError:
         slide = int(self.slides[index])
-        images = self.reader.read(slide, self.tiles[index])
+        try:
+            images = self.reader.read(slide, self.tiles[index])
+        except (
+            ValueError
+        ) as error:  # handed over as it is: a DataLoader would bury it in a worker's traceback
+            return error
         generator = torch.Generator().manual_seed((self.key * 1_000_003 + slide) % 2**63)
         if self.flips:
             images = turn_and_flip(images, generator)
         if self.stain:
             images = jitter_stain(images, self.stain, generator)
         return images
+
+
+def _collate(items: list[Tensor | ValueError]) -> Tensor | ValueError:
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+    return default_collate(items)  # type: ignore[no-any-return]
 
 
 def turn_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,9 +115,12 @@ def epoch_batches(
         dataset,
         batch_size=batch_size,
         num_workers=workers,
+        collate_fn=_collate,
         # its own generator: the loader must not draw from the global one, whose state a checkpoint records
         generator=torch.Generator().manual_seed(seed),
     )
     for i, images in enumerate(loader):
+        if isinstance(images, ValueError):
+            raise images
         rows = slice(i * batch_size, i * batch_size + len(images))
         yield Batch(order[rows], tiles[rows], images)

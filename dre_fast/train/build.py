@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,20 +55,41 @@ def slide_set(
     mpp: float | None = None,
     max_open: int = 8,
     cache: str | Path | None = None,
+    skip_untiled: bool = False,
 ) -> SlideSet:
     """Open the tiles of some records of a cohort.
 
+    Args:
+        skip_untiled: leave out slides without coordinate file, with a warning that names them.
+
     Raises:
-        ValueError: a slide has no coordinate file in ``tiles_dir``; the message names the slide and the file.
+        ValueError: a slide has no coordinate file in ``tiles_dir``, or one without tiles; the message names the slide
+            and the file. No slide is left.
     """
+    if not Path(tiles_dir).is_dir():
+        raise ValueError(f"{tiles_dir}: no such folder of tiles; run `dre-fast tile` on the cohort first")
+    files = {record.slide_id: Path(tiles_dir) / f"{record.slide_id}.h5" for record in records}
+    untiled = [slide_id for slide_id, file in files.items() if not file.exists()]
+    if untiled and skip_untiled and len(untiled) < len(records):
+        warnings.warn(
+            f"{len(untiled)} of {len(records)} slides have no tiles in {tiles_dir} and are left out: "
+            f"{', '.join(untiled)}",
+            stacklevel=2,
+        )
+        records = [record for record in records if files[record.slide_id].exists()]
+    elif untiled:
+        raise ValueError(
+            f"slide {untiled[0]}: no tile coordinates at {files[untiled[0]]} ({len(untiled)} of {len(records)} slides "
+            "have none); run `dre-fast tile` on the cohort first, or leave such slides out (train: "
+            "data.skip_untiled=true, encode and heatmap: --skip-untiled)"
+        )
     tilings = []
     for record in records:
-        file = Path(tiles_dir) / f"{record.slide_id}.h5"
-        if not file.exists():
+        tilings.append(read_coords(files[record.slide_id]))
+        if not len(tilings[-1]):
             raise ValueError(
-                f"slide {record.slide_id}: no tile coordinates at {file}; run `dre-fast tile` on the cohort first"
+                f"slide {record.slide_id}: {files[record.slide_id]} holds no tiles; take the slide out"
             )
-        tilings.append(read_coords(file))
     paths = [record.path for record in records if record.path is not None]
     if len(paths) != len(records):
         missing = next(record.slide_id for record in records if record.path is None)
@@ -129,6 +151,8 @@ def load_encoder_weights(encoder: TileEncoder, path: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: the weights do not fit; names the file and the keys.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of encoder weights")
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -11,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dre_fast.data.files import write_text_atomic
+
+# Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
+FREE_ON_RESUME = frozenset(
+    {"data.cohort", "data.tiles", "data.reports", "data.cache", "data.workers", "data.max_open"}
+    | {"run.device", "run.threads", "run.tensorboard", "run.checkpoint_every"}
+)
 
 
 class ConfigError(ValueError):
@@ -47,6 +56,9 @@ class DataConfig:
     stain: float = 0.0  # strength of the stain jitter of the live tiles; 0.2 is plenty
     train_split: str | None = "train"  # null: the whole cohort
     val_split: str | None = "val"  # null: no validation
+    skip_untiled: bool = (
+        False  # leave out slides without tiles, e.g. those that `dre-fast tile --skip-bad` skipped
+    )
 
 
 @dataclass
@@ -119,6 +131,16 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def with_absolute_paths(self) -> Config:
+        """The same with every path absolute, so that a saved config means the same in any working folder."""
+        changed = copy.deepcopy(self)
+        data, model = changed.data, changed.model
+        data.cohort, data.tiles = os.path.abspath(data.cohort), os.path.abspath(data.tiles)
+        data.reports = data.reports and os.path.abspath(data.reports)
+        data.cache = data.cache and os.path.abspath(data.cache)
+        model.encoder_weights = model.encoder_weights and os.path.abspath(model.encoder_weights)
+        return changed
+
     def validate(self) -> Config:
         """Check values across fields; return self.
 
@@ -144,8 +166,17 @@ class Config:
             section, name = key.split(".")
             if getattr(getattr(self, section), name) < 1:
                 raise ConfigError(f"{key} must be at least 1")
-        if self.optim.lr <= 0 or self.optim.encoder_lr_scale < 0:
-            raise ConfigError("optim.lr must be > 0 and optim.encoder_lr_scale >= 0")
+        optim = self.optim
+        for name in ("lr", "encoder_lr_scale", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(optim, name) < math.inf:  # false for NaN, too
+                raise ConfigError(f"optim.{name}={getattr(optim, name)}: must be a number >= 0")
+        if optim.lr == 0:
+            raise ConfigError("optim.lr must be > 0")
+        if self.data.val_split and self.data.train_split in (None, self.data.val_split):
+            raise ConfigError(
+                f"data.train_split={self.data.train_split or 'null'} holds the slides of data.val_split="
+                f"{self.data.val_split}: they would be trained on; set data.val_split=null or another split"
+            )
         if self.data.stain < 0:
             raise ConfigError("data.stain must be >= 0")
         if not self.data.cohort:
@@ -185,6 +216,8 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     try:
         if path is not None:
             tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            if not isinstance(tree, dict):
+                raise ConfigError(f"{path}: expected sections data, model, memory, loss, optim, run")
         for item in overrides:
             key, equals, text = item.partition("=")
             if not equals:
@@ -193,10 +226,8 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
             if isinstance(value, str) and _is_number(value):
                 value = float(value)  # YAML 1.1 reads 1e-3 as a string
             _put(tree, key.strip().split("."), value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path or 'override'}: not readable as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections data, model, memory, loss, optim, run")
     return config_from_dict(tree)
 
 

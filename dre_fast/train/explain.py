@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
     return Explanation(codes, contributions(gradient[0], features, model.codebook, codes), names[index])
 
 
+def _file_name(*parts: str) -> str:
+    """Names of tasks and classes as a part of a file name: classes are called "Stage I/II", too."""
+    return re.sub(r"[^\w.+-]+", "-", "_".join(parts))
+
+
 def draw_slide(
     loaded: LoadedRun,
     slides: SlideSet,
@@ -97,7 +103,8 @@ def draw_slide(
         explained = explain(loaded, features, pick_task(loaded, task), target)
         files.append(
             draw_contributions(
-                folder / f"{record.slide_id}_{pick_task(loaded, task).name}_{explained.target}.png",
+                folder
+                / f"{record.slide_id}_{_file_name(pick_task(loaded, task).name, explained.target)}.png",
                 thumbnail,
                 tiling,
                 explained.contribution,

@@ -27,7 +27,8 @@ from dre_fast.train.build import (
     slide_set,
     task_card,
 )
-from dre_fast.train.config import Config, load_config, save_config
+from dre_fast.train.checks import check_folder, check_labels, check_same_data, data_fingerprint, split_records
+from dre_fast.train.config import Config, save_config
 from dre_fast.train.inference import encode_tiles_of, validate
 
 Metrics = dict[str, float | int | str | None]
@@ -49,9 +50,9 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: str | Path, *, resume: bool = False) -> None:
-        self.config = config.validate()
+        self.config = config = config.validate().with_absolute_paths()
         self.out = Path(out)
-        _claim_folder(self.out, config, resume)
+        check_folder(self.out, config, resume)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
@@ -66,14 +67,17 @@ class Trainer:
         checkpoint = self.out / on_disk.CHECKPOINT
         self._resumed = resume and checkpoint.exists()
         self._state = on_disk.load_checkpoint(checkpoint) if self._resumed else None
+        if self._state is not None:
+            check_same_data(self._state["data"], self._data, self.out)
+        # last, so that a run refused for a fault of its settings leaves no run behind
+        save_config(config, self.out / on_disk.CONFIG)
 
     # ------------------------------------------------------------------ parts
 
     def _prepare_data(self) -> None:
         data, loss = self.config.data, self.config.loss
         cohort = Cohort.read(data.cohort, missing_values=data.missing_values)
-        train = cohort.subset(data.train_split).records
-        val = cohort.subset(data.val_split).records if data.val_split else ()
+        train, val = split_records(cohort, data)
         self.tasks = [
             cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
             for task in loss.tasks
@@ -81,6 +85,7 @@ class Trainer:
         self.task_weight = {task.name: task.weight for task in loss.tasks}
         self.reports = load_reports(data.reports) if loss.contrastive else None
         options = {"backend": data.backend, "mpp": data.mpp, "max_open": data.max_open}
+        options["skip_untiled"] = data.skip_untiled
 
         def open_split(records: Any, name: str) -> SlideSet:
             cache = Path(data.cache) / f"{name}.h5" if data.cache else None
@@ -90,6 +95,13 @@ class Trainer:
         self.val = open_split(val, "val") if val else None
         if self.reports is not None and not (self.train.report_rows >= 0).any():
             raise ValueError(f"{data.reports}: holds a report for none of the training cases")
+        check_labels(self.tasks, self.train, self.val)
+        if self.config.model.codewords > sum(self.train.tiles):
+            raise ValueError(
+                f"model.codewords={self.config.model.codewords}, but the training slides have only "
+                f"{sum(self.train.tiles)} tiles; ask for fewer codewords"
+            )
+        self._data = data_fingerprint(self.train, self.val, self.reports)
 
     def _prepare_model(self) -> None:
         config, reports = self.config, self.reports
@@ -204,6 +216,8 @@ class Trainer:
     def _train_step(self, batch: Batch, epoch: int) -> Metrics:
         optim = self.config.optim
         self.model.train()
+        # at rest it is also in eval mode: batch statistics and dropout belong to an encoder that learns
+        self.model.tile_encoder.train(self._encoder_moves(epoch))
         self._set_rates(epoch)
         slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
         with self._autocast():
@@ -214,18 +228,18 @@ class Trainer:
                 visit=epoch,
                 seed=self.config.run.seed,
             )
+        self._require_finite("slide embedding", out.embedding, batch)
         loss, parts = self._losses(out, batch.slides)
-        if not torch.isfinite(loss):
-            names = ", ".join(self.train.records[i].slide_id for i in batch.slides.tolist())
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.step} (slides {names}); the last checkpoint is intact. "
-                "Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
-            )
+        self._require_finite("loss", loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
+        if (
+            not self.scaler.is_enabled()
+        ):  # the scaler leaves such steps out; any other would spoil the weights
+            self._require_finite("gradient", norm, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._write_back(slides, tiles, out)
@@ -240,6 +254,14 @@ class Trainer:
             "encoder_lr": rates.get(True, 0.0),
             "temperature": self.loss.temperature.item() if self.reports else None,
         }
+
+    def _require_finite(self, what: str, value: Tensor, batch: Batch) -> None:
+        if not torch.isfinite(value).all():
+            names = ", ".join(self.train.records[i].slide_id for i in batch.slides.tolist())
+            raise FloatingPointError(
+                f"{what} is not finite at step {self.step} (slides {names}); the last checkpoint is intact. "
+                "Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
+            )
 
     def _losses(self, out: SlideOutput, slides: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts: dict[str, Tensor] = {}
@@ -371,6 +393,7 @@ class Trainer:
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "log_size": self.log.size,
+                "data": self._data,
             },
         )
 
@@ -384,45 +407,38 @@ class Trainer:
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self._log_size = state["log_size"]
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
+        if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` = CUDA where there is one."""
+    """``auto`` = CUDA where there is one.
+
+    Raises:
+        ValueError: no such kind of device, or none on this machine.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _claim_folder(out: Path, config: Config, resume: bool) -> None:
-    """Refuse to mix two runs in one folder; write the resolved config."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (on_disk.CHECKPOINT, on_disk.BEST, on_disk.CONFIG):
-        for unfinished in out.glob(f".{Path(name).stem}.*{Path(name).suffix}"):
-            unfinished.unlink()  # a killed process was writing it
-    written = out / on_disk.CONFIG
-    if written.exists():
-        if not resume:
-            raise ValueError(
-                f"{out} already holds a run: pass --resume to go on with it, or name another folder"
-            )
-        before, now = asdict(load_config(written)), asdict(config)
-        for section, values in now.items():
-            for key, value in values.items():
-                if before[section][key] != value and (section, key) != ("data", "workers"):
-                    raise ValueError(
-                        f"{written}: {section}.{key} was {before[section][key]!r} when the run began and is {value!r} "
-                        "now; a resumed run keeps its config"
-                    )
-    else:
-        save_config(config, written)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            "see `dre-fast info`"
+        )
+    return device
 
 
 def _board(out: Path, step: int) -> Any:
     """A TensorBoard writer that drops what a killed run wrote past its checkpoint."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            f"run.tensorboard needs tensorboard ({error}): pip install 'dre_fast[train]', or set run.tensorboard=false"
+        ) from error
     return SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
 
 

@@ -17,11 +17,23 @@ _FORMAT = "dre_fast-checkpoint-1"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint (tensors and plain values only) atomically and flush it to disk."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": _FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a checkpoint (tensors and plain values only) atomically and flush it to disk.
+
+    Raises:
+        OSError: it cannot be written, the disk is full say; the former checkpoint stays.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": _FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer raises an error of its own on top of the file's
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""What must hold before a run starts or goes on: of its folder, splits and labels, and that the data are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dre_fast.data.cohort import Cohort, CohortError, SlideRecord, Task
+from dre_fast.data.tiles import fingerprint
+from dre_fast.train import state as on_disk
+from dre_fast.train.build import Reports, SlideSet
+from dre_fast.train.config import FREE_ON_RESUME, Config, DataConfig, load_config
+
+Records = Sequence[SlideRecord]
+
+
+def check_folder(out: Path, config: Config, resume: bool) -> None:
+    """Refuse to mix two runs in one folder; remove what a killed process was writing.
+
+    Raises:
+        ValueError: ``out`` holds a run and ``resume`` is False, or a run of other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (on_disk.CHECKPOINT, on_disk.BEST, on_disk.CONFIG):
+        for unfinished in out.glob(f".{Path(name).stem}.*{Path(name).suffix}"):
+            unfinished.unlink()
+    written = out / on_disk.CONFIG
+    if not resume and (written.exists() or (out / on_disk.CHECKPOINT).exists()):
+        raise ValueError(f"{out} already holds a run: pass --resume to go on with it, or name another folder")
+    if written.exists() and (out / on_disk.CHECKPOINT).exists():  # before it, nothing is bound to the config
+        before, now = asdict(load_config(written)), asdict(config)
+        for section, values in now.items():
+            for key, value in values.items():
+                if before[section][key] != value and f"{section}.{key}" not in FREE_ON_RESUME:
+                    raise ValueError(
+                        f"{written}: {section}.{key} was {before[section][key]!r} when the run began and is {value!r} "
+                        "now; a resumed run keeps its config: to change it, start a run in another folder"
+                    )
+
+
+def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:
+    """Training and validation slides of a cohort; the latter empty without ``data.val_split``.
+
+    Raises:
+        ValueError: no slide is in a split; says which setting does without it.
+    """
+    try:
+        train = cohort.subset(data.train_split).records
+    except CohortError as error:
+        raise CohortError(f"{error}; data.train_split=null trains on every slide") from error
+    if not data.val_split:
+        return train, ()
+    try:
+        return train, cohort.subset(data.val_split).records
+    except CohortError as error:
+        raise CohortError(f"{error}; data.val_split=null does without validation") from error
+
+
+def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -> None:
+    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen.
+
+    Raises:
+        ValueError: a label column without a label among the training slides, or validation slides with neither label
+            nor report.
+    """
+    for task in tasks:
+        target = train.targets[task.name].reshape(len(train), -1)
+        for i, column in enumerate(task.columns):
+            if not _labelled(target[:, i]).any():
+                raise ValueError(f"task {task.name!r}, column {column!r}: no training slide has a label")
+        if task.kind == "multiclass":
+            unseen = [name for c, name in enumerate(task.classes) if not (target == c).any()]
+            if unseen:
+                warnings.warn(
+                    f"task {task.name!r}: no training slide is {' or '.join(unseen)}; it will never be predicted",
+                    stacklevel=2,
+                )
+    if val is None or (val.report_rows >= 0).any():
+        return
+    if not any(_labelled(val.targets[task.name]).any() for task in tasks):
+        raise ValueError(
+            "no validation slide has a label or a report, so no epoch is better than another; "
+            "label some, or set data.val_split=null"
+        )
+
+
+def data_fingerprint(train: SlideSet, val: SlideSet | None, reports: Reports | None) -> dict[str, str]:
+    """Hashes of all that a run learns from, wherever its files lie. The rows of the bank have meaning only with it."""
+    marks = {"reports": _hash(reports.matrix if reports else None)}
+    for name, slides in (("training", train), ("validation", val)):
+        if slides is not None:
+            marks[f"{name} slides and tiles"] = _hash(*(fingerprint(t) for t in slides.reader.tilings))
+            marks[f"{name} labels"] = _hash(*(slides.targets[task] for task in sorted(slides.targets)))
+            marks[f"cases of the {name} slides"] = _hash(slides.report_rows)
+    return marks
+
+
+def check_same_data(before: dict[str, str], now: dict[str, str], out: Path) -> None:
+    """Raises ValueError when a run is resumed on other data than it began with; names what differs."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{out}: since the run began, there is a change in: {', '.join(changed)}; restore the former cohort table, "
+            "tiles and reports, or start a run in another folder"
+        )
+
+
+def _labelled(target: Tensor) -> Tensor:
+    return ~torch.isnan(target) if target.is_floating_point() else target >= 0
+
+
+def _hash(*parts: Tensor | str | None) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(repr(tuple(part.shape)).encode())
+            digest.update(part.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:32]
