@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out slides that have no prediction"
     )
+    parser.add_argument(
+        "--missing",
+        nargs="+",
+        default=(),
+        metavar="VALUE",
+        help="label cells that mean 'unknown', besides empty ones and NA; e.g. NS in cBioPortal tables",
+    )
     parser.add_argument("--out", help="folder for metrics.csv, metrics.md and metrics.json")
     parser.set_defaults(run=run)
 
@@ -63,13 +71,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dre_fast.data.cohort import Cohort
+    from dre_fast.data.cohort import MISSING, Cohort
     from dre_fast.data.embeddings import SlideEmbeddings
     from dre_fast.eval.metrics import evaluate_predictions, format_rows, write_tables
 
     embeddings = SlideEmbeddings.load(args.predictions)
-    cohort = Cohort.read(args.cohort, require_path=False)
+    cohort = Cohort.read(args.cohort, require_path=False, missing_values=[*MISSING, *args.missing])
     names = args.tasks
+    if args.linear_probe and args.split is None:
+        raise ValueError(
+            "--linear-probe is fitted on the train split: say which slides to judge it on with --split val or test"
+        )
     if args.linear_probe:
         from dre_fast.eval.probe import linear_probe
 
@@ -88,6 +100,11 @@ def run(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing,
     )
     print(format_rows(rows))
+    if args.split is None and (trained := cohort.splits.get("train")):
+        print(
+            f"note: {trained} of these slides are in the train split; judge others with --split",
+            file=sys.stderr,
+        )
     if args.out:
         for file in write_tables(rows, Path(args.out) / "metrics"):
             print(file)

@@ -152,7 +152,8 @@ class SlideEmbeddings:
                 f"{path}: cannot be read ({error}); write it again with `dre-fast encode`"
             ) from error
         if metadata.get("format") != FORMAT or "embedding" not in tensors:
-            found = ", ".join(sorted(tensors)) or "nothing"
+            names = sorted(tensors)
+            found = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "") or "nothing"
             raise ValueError(
                 f"{path}: not a file of slide embeddings (holds {found}); make one with `dre-fast encode`"
             )

@@ -335,7 +335,7 @@ def _by_case(
             known = np.unique(truth[index == i, j][~np.isnan(truth[index == i, j])])
             if len(known) > 1:
                 raise ValueError(
-                    f"task {task.name!r}, column {task.columns[j]!r}: slides of case {name!r} have "
+                    f"task {task.name!r}, column {task.columns[j]!r}: slides of case {str(name)!r} have "
                     f"different labels, so "
                     "there is no label of the patient; judge this task by slide"
                 )

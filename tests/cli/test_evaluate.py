@@ -78,6 +78,22 @@ def test_linear_probe_without_logits(study: Path, capsys: pytest.CaptureFixture[
     assert tp53 < 0.8
 
 
+def test_values_that_mean_missing_and_training_slides_are_said(
+    study: Path, capsys: pytest.CaptureFixture[str]
+):
+    table = study / "ns.csv"
+    lines = (study / "cohort.csv").read_text().splitlines()
+    slide, case, _, *rest = lines[-1].split(",")
+    table.write_text("\n".join([*lines[:-1], ",".join([slide, case, "NS", *rest])]) + "\n")
+    common = [str(study / "pred.safetensors"), "--cohort", str(table), "--bootstrap", "0"]
+    with pytest.raises(ValueError, match="'NS'"):
+        run(*common, "--split", "test")
+    assert run(*common, "--split", "test", "--missing", "NS") == 0
+    assert "train split" not in capsys.readouterr().err
+    assert run(*common, "--missing", "NS", "--allow-missing") == 0
+    assert "in the train split" in capsys.readouterr().err
+
+
 def _third(table: dict, task: str, metric: str) -> str:
     (key,) = [key for key in table if key[:2] == (task, metric)]
     return key[2]
@@ -100,6 +116,8 @@ def test_faults_are_named(study: Path):
     with pytest.raises(FileNotFoundError, match="gone"):
         run(str(study / "gone.h5"), *cohort)
     with pytest.raises(ValueError, match="'grade'"):
-        run(str(study / "bare.h5"), *cohort, "--linear-probe", "--tasks", "grade")
+        run(str(study / "bare.h5"), *cohort, "--linear-probe", "--split", "test", "--tasks", "grade")
+    with pytest.raises(ValueError, match="--split val or test"):
+        run(str(study / "bare.h5"), *cohort, "--linear-probe")  # would judge the slides it was fitted on
     with pytest.raises(ValueError, match="'stage'"):
         run(str(study / "pred.safetensors"), *cohort, "--tasks", "stage")
