@@ -43,7 +43,8 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / max(||x||_2, eps) over the last dimension, in fp32 (float64 for float64 input).
 
     Args:
-        x: [..., D], any float dtype.
+        x: [..., D], any float dtype. Rows of large finite values are safe: they are divided by their largest
+            entry before anything is squared.
         eps: smallest norm divided by. At or below it the gradient is zero, so that no 1/eps reaches
             the encoder.
 
@@ -51,6 +52,8 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
         [..., D], fp32 or float64.
     """
     x = x.to(compute_dtype(x))
+    if x.shape[-1]:
+        x = x / reduce(x.detach().abs(), "... d -> ... 1", "max").clamp(min=1.0)
     square = reduce(x * x, "... d -> ... 1", "sum")
     usable = square > eps * eps
     # where() on both sides of the root: the branch not taken must not produce inf * 0 in the backward
@@ -153,11 +156,18 @@ def hard_assign(x: Tensor, codebook: Tensor) -> Tensor:
 def _score_error(block: Tensor, half_square: Tensor) -> Tensor:
     """How far rounding can part two scores of a row, [n]: 2 (D+2) eps (|x||c| + |c|^2/2)."""
     eps = torch.finfo(block.dtype).eps
-    if block.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        eps = 2.0**-8  # TF32 or bf16 products were allowed
+    if block.dtype == torch.float32 and _reduced_products(block):
+        eps = 2.0**-8
     reach = half_square.max()
     norm = torch.linalg.vector_norm(block, dim=1)
     return 2 * (block.shape[1] + 2) * eps * (norm * (2 * reach).sqrt() + reach)
+
+
+def _reduced_products(x: Tensor) -> bool:
+    """Whether fp32 matrix products may be taken in TF32 or bf16, by the older settings of torch or the newer."""
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    # torch.get_float32_matmul_precision() raises once a program has used the newer setting, which this is
+    return backend.matmul.fp32_precision not in ("none", "ieee")
 
 
 def _exact_assign(block: Tensor, words: Tensor, candidates: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -279,3 +281,39 @@ def test_reference_residual_encode_follows_autograd() -> None:
         )
     with pytest.raises(ValueError, match="assignment"):
         reference.residual_encode(x, codebook, assignment="fuzzy")
+
+
+@pytest.mark.parametrize("largest", [1e15, 1e25, 1e38])
+def test_l2_normalize_of_large_rows(largest: float) -> None:
+    x = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
+    big = (x / 4 * largest).requires_grad_()
+    torch.testing.assert_close(reference.l2_normalize(big), reference.l2_normalize(x))
+    reference.l2_normalize(big)[0, 0].backward()
+    assert torch.isfinite(big.grad).all()
+    wide = (100 * torch.randn(4, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(reference.l2_normalize, (wide,))
+
+
+def test_every_setting_of_the_matmul_precision_is_understood() -> None:
+    """Programs set it through torch.set_float32_matmul_precision or through torch.backends, not both."""
+    program = """
+import torch
+from dre_fast import reference
+x, codebook, cu = torch.randn(300, 64), torch.randn(5, 64), torch.tensor([0, 300])
+before = reference.hard_encode(x, codebook, cu)[2]
+{setting}
+assert encode_is_careful() is {careful}
+assert torch.equal(before, reference.hard_encode(x, codebook, cu)[2])
+"""
+    helper = "from dre_fast.reference.encode import _reduced_products\n"
+    helper += "def encode_is_careful(): return _reduced_products(torch.zeros(1))\n"
+    for setting, careful in (
+        ("torch.set_float32_matmul_precision('medium')", True),
+        ("torch.set_float32_matmul_precision('highest')", False),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+    ):
+        code = helper + program.format(setting=setting, careful=careful)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, f"{setting}: {done.stderr}"
