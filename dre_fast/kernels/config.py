@@ -102,6 +102,11 @@ def _dim_tiles(dim: int) -> tuple[int, int]:
     return min(options)[1:] if options else (0, 0)
 
 
+def covers(dtype: torch.dtype, codewords: int, dim: int) -> bool:
+    """Whether the kernels take rows of this dtype and this K and D."""
+    return dtype in DTYPES and 1 <= codewords <= MAX_CODEWORDS and 1 <= dim <= MAX_DIM
+
+
 def check(dtype: torch.dtype, codewords: int, dim: int) -> None:
     """Raise ValueError for a dtype, K or D outside what the kernels cover."""
     if dtype not in DTYPES:

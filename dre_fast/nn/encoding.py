@@ -58,9 +58,8 @@ def residual_encode(
         normalize: any of ``"intra"``, ``"power"``, ``"l2"`` in that order.
         return_counts: also return the counts.
         power: exponent of ``"power"``.
-        check: look at the values of offsets, index and result (one device synchronisation on a GPU). Skipped
-            where
-            nothing may depend on values: under torch.compile and CUDA-graph capture.
+        check: look at the values of offsets, index, scale and result (device synchronisations on a GPU). Skipped
+            where nothing may depend on values: under torch.compile and CUDA-graph capture.
 
     Returns:
         V [B, K, D] fp32 (float64 for float64 x); B = 1 for one bag. With ``return_counts`` also the rows per
@@ -68,8 +67,8 @@ def residual_encode(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; with ``check`` also offsets that are not
-            ascending from
-            0 to N, an index outside x, and NaN or Inf in a row, named by bag and row, or in the codebook.
+            ascending from 0 to N, an index outside x, a scale that is not positive, and NaN or Inf in a row,
+            named by bag and row, or in the codebook.
 
     Source: DRE-SLCL, arXiv 2511.05034 (residual encoding, hard); Deep-TEN, Zhang et al. 2017, eq. 3-4;
     NetVLAD, Arandjelovic et al. 2016, eq. 3-4.
@@ -81,6 +80,10 @@ def residual_encode(
         check = not torch.cuda.is_current_stream_capturing()
     if check:
         _check_offsets_and_index(x, cu_seqlens, index)
+        if scale is not None and bool((scale <= 0).any()):
+            raise ValueError(
+                f"residual_encode: scale must be > 0, that of codeword {int((scale <= 0).nonzero()[0, 0])} is not"
+            )
     rows, offsets = as_ragged(x, cu_seqlens, mask, index)
     if assignment == "hard":
         residuals, counts, _ = ops.hard_encode(rows, codebook, offsets)
@@ -107,6 +110,8 @@ def _check_arguments(
             f"got {codebook.dtype} {tuple(codebook.shape)}"
         )
     words, dim = codebook.shape
+    if x.dim() not in (2, 3):
+        raise ValueError(f"residual_encode: x must be [N, D] or [B, N, D], got {tuple(x.shape)}")
     if x.shape[-1] != dim:
         raise ValueError(
             f"residual_encode: x has D={x.shape[-1]} {tuple(x.shape)}, the codebook D={dim}; "
@@ -194,8 +199,7 @@ class ResidualEncoding(nn.Module):
         assignment: ``"hard"``, ``"soft"`` (Deep-TEN: a scale s_k per codeword, kept as its logarithm) or
             ``"netvlad"`` (weight [K, D] and bias [K], independent of the codebook).
         normalize: any of ``"intra"``, ``"power"``, ``"l2"`` in that order.
-        learnable: train codebook and assignment parameters by gradient. Otherwise they are buffers. Under
-            hard
+        learnable: train codebook and assignment parameters by gradient. Otherwise they are buffers. Under hard
             assignment a codebook learns only through the values of the residuals.
 
     Shapes:

@@ -1,7 +1,7 @@
 """Registered operations of residual encoding, their autograd, and the choice of what runs them.
 
-``hard_encode`` runs in Triton on CUDA tensors of fp32, fp16 and bf16; everything else runs the reference,
-which defines the formulas: :mod:`dre_fast.reference.encode`.
+``hard_encode`` runs in Triton on CUDA tensors of fp32, fp16 and bf16 with at most 1,024 codewords and 2,048
+features; everything else runs the reference, which defines the formulas: :mod:`dre_fast.reference.encode`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _lib.define(
 
 
 def backend(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """What runs an operation on tensors of a device and dtype: "Triton" or "reference".
+    """What runs an operation on tensors of a device and dtype: "Triton" (up to its largest K and D) or "reference".
 
     Raises:
         ValueError: no such operation.
@@ -47,8 +47,10 @@ def backend(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
 def _hard_encode(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if backend("hard_encode", x.device, x.dtype) == "Triton":
         from dre_fast import kernels  # Triton is imported, and needed, only for CUDA tensors
+        from dre_fast.kernels import config
 
-        return kernels.hard_encode(x, codebook, cu_seqlens)
+        if config.covers(x.dtype, *codebook.shape):
+            return kernels.hard_encode(x, codebook, cu_seqlens)
     return reference.hard_encode(x, codebook, cu_seqlens)
 
 

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dre_fast import ResidualEncoding, SlideReportLoss, ops, residual_encode
+from dre_fast import (
+    DRESLCL,
+    MemoryBank,
+    ResidualEncoding,
+    SlideEncoder,
+    SlideReportLoss,
+    ops,
+    reference,
+    residual_encode,
+)
 from dre_fast.ops import contrast, encode
 
 OPS = torch.ops.dre_fast
@@ -118,6 +127,30 @@ def test_module_in_a_network_compiles_with_inductor() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["full", 3, "none"])
+def test_the_training_forward_compiles_to_one_graph(memory: str | int) -> None:
+    torch._dynamo.reset()
+    bank = MemoryBank([10, 7], 6, codebook=torch.randn(4, 6) / 2)
+    for slide, n in enumerate((10, 7)):
+        bank.write(slide, torch.arange(n), torch.randn(n, 6), step=0)
+    tile_encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    slide_encoder = SlideEncoder(6, 4, width=8, depth=1, heads=2)
+    model = DRESLCL(tile_encoder, bank, slide_encoder, tasks={"t": 2}, memory=memory, grad_scale="unbiased")
+    slides, images = torch.tensor([0, 1]), torch.rand(2, 3, 3, 2, 2)
+    tiles = bank.sample(slides, 3, cycle=1, seed=5)
+
+    def run(images: Tensor, slides: Tensor, tiles: Tensor) -> Tensor:
+        return model(images, slides, tiles, visit=1, seed=5).logits["t"]
+
+    found = []
+    for fn in (run, torch.compile(run, fullgraph=True)):
+        logits = fn(images, slides, tiles)
+        found.append([logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("negatives", ["batch", "all"])
 @pytest.mark.parametrize("kind", ["infonce", "siglip"])
 def test_loss_compiles(kind: str, negatives: str) -> None:
@@ -144,3 +177,13 @@ def test_backends_are_named() -> None:
     for module in (encode, contrast):
         with pytest.raises(ValueError, match="called 'nothing'"):
             module.backend("nothing")
+
+
+def test_sizes_beyond_the_kernels_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install triton (Linux only)")
+    monkeypatch.setattr(encode, "backend", lambda *_: "Triton")  # as on a GPU
+    for words, dim in ((1025, 3), (2, 2049)):
+        x, codebook = torch.randn(20, dim), torch.randn(words, dim)
+        found = OPS.hard_encode(x, codebook, CU)
+        for one, other in zip(found, reference.hard_encode(x, codebook, CU), strict=True):
+            assert torch.equal(one, other)

@@ -220,6 +220,7 @@ def test_bad_rows_are_named(codebook: Tensor) -> None:
         ({"assignment": "soft", "scale": torch.ones(4), "weight": torch.ones(4, 6)}, "either scale"),
         ({"assignment": "soft", "scale": torch.ones(4), "bias": torch.ones(4)}, "bias goes with weight"),
         ({"assignment": "soft", "scale": torch.ones(5)}, r"scale must be \(4,\)"),
+        ({"assignment": "soft", "scale": torch.tensor([1.0, 2, 0, 1])}, "codeword 2 is not"),
         ({"assignment": "soft", "weight": torch.ones(6, 4)}, r"weight must be \(4, 6\)"),
         ({"scale": torch.ones(4)}, "belong to assignment='soft'"),
         ({"normalize": ("l2", "intra")}, "order is intra, power, l2"),
@@ -233,6 +234,8 @@ def test_bad_arguments(codebook: Tensor, arguments: dict, words: str) -> None:
 def test_bad_shapes(codebook: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[N, D\] or \[B, N, D\]"):
         residual_encode(torch.randn(2, 2, 2, 6), codebook)
+    with pytest.raises(ValueError, match=r"\[N, D\] or \[B, N, D\]"):
+        residual_encode(torch.tensor(1.0), codebook)
     with pytest.raises(ValueError, match="D=5"):
         residual_encode(torch.randn(3, 5), codebook)
     with pytest.raises(ValueError, match="K >= 1"):
