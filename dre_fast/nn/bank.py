@@ -191,7 +191,7 @@ class MemoryBank(BankTables):
             int64 [B, m], distinct tiles of each slide; slots beyond n_s are -1. On the bank's device.
 
         Raises:
-            ValueError: m < 1, a negative visit, or an unknown slide (named).
+            ValueError: m < 1, visits that are negative or neither one nor [B], or an unknown slide (named).
         """
         slides = self._slide_ids(slides)
         if m < 1:
@@ -226,7 +226,8 @@ class MemoryBank(BankTables):
 
         Args:
             slides: int64 [B].
-            tiles: int64 [B, m], the tiles of the live rows, no tile twice; -1 leaves a slot out.
+            tiles: int64 [B, m], the tiles of the live rows, no tile twice; -1 leaves a slot out. m = 0 with
+                ``memory="full"`` encodes what the bank holds.
             live: [B, m, D] features, L2-normalised by the caller; fp32, half types (computed in fp32) or
                 float64. They may lie on another device than the bank; V lies where they do.
             return_counts: also return the rows by codeword.
@@ -236,22 +237,30 @@ class MemoryBank(BankTables):
             [B, K]. The gradient reaches ``live`` only; live rows of left-out slots get zero.
 
         Raises:
-            ValueError: no codebook yet, wrong shapes, unknown ``memory``, an int without cycle and seed, ids
-                outside the bank or a tile twice (naming slide and tile).
+            ValueError: no codebook yet, wrong shapes or dtypes, unknown ``memory``, an int without cycle,
+                seed and live slots; ids outside the bank, a tile twice or a live row that is not finite (naming slide and
+                tile).
         """
         slides, tiles = self._slide_ids(slides), torch.as_tensor(tiles, device=self.payload.device)
-        b, m = slides.shape[0], tiles.shape[-1]
-        if tiles.ndim != 2 or tiles.shape[0] != b or live.shape != (b, m, self.dim):
+        b = slides.shape[0]
+        if tiles.ndim != 2 or tiles.shape[0] != b or live.shape != (*tiles.shape, self.dim):
             raise ValueError(
                 f"MemoryBank.encode: slides [B], tiles [B, m], live [B, m, {self.dim}] do not fit: got "
                 f"{list(slides.shape)}, {list(tiles.shape)}, {list(live.shape)}"
             )
+        if tiles.is_floating_point() or not live.is_floating_point():
+            raise ValueError(
+                f"MemoryBank.encode: tiles must be integers and live floating point, got {tiles.dtype} and "
+                f"{live.dtype}"
+            )
+        tiles, m = tiles.to(torch.int64), tiles.shape[1]
         if self.codebook.shape[0] == 0:
             raise ValueError(
                 "MemoryBank.encode: no codebook yet; set one with set_codebook(fit_codebook(bank, K)[0])"
             )
         if not torch.compiler.is_compiling():
-            checks.check_rows(self.length, slides[:, None].expand(b, m).reshape(-1), tiles.reshape(-1))
+            features = live.detach().reshape(b * m, self.dim)
+            checks.check_rows(self.length, slides.repeat_interleave(m), tiles.reshape(-1), features)
             checks.check_distinct(slides, tiles)
 
         valid = tiles >= 0
@@ -275,6 +284,10 @@ class MemoryBank(BankTables):
         elif isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
             if cycle is None or seed is None:
                 raise ValueError("MemoryBank.encode: memory=r needs the cycle and seed given to sample")
+            if m < 1:
+                raise ValueError(
+                    "MemoryBank.encode: memory=r takes the rows after the live ones: m must be at least 1"
+                )
             rows, found = self._retrieve(slides, tiles, memory, self._visits(cycle, slides), seed)
             encoded, counts = self._encode_bags(
                 torch.cat([live, rows.to(live)], dim=1), torch.cat([valid, found], dim=1)
@@ -307,7 +320,7 @@ class MemoryBank(BankTables):
         valid = valid.to(rows.device)
         order = torch.argsort((~valid).reshape(-1), stable=True)
         cu = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
-        x = rows.reshape(b * q, -1)
+        x = rows.reshape(b * q, self.dim)
         x = x if x.dtype == torch.float64 else x.float()
         encoded, counts, _ = hard_encode(x[order], self.codebook.to(x), cu)
         return encoded, counts
@@ -382,7 +395,13 @@ class MemoryBank(BankTables):
         return slides
 
     def _visits(self, cycle: Tensor | int, slides: Tensor) -> Tensor:
-        visit = torch.as_tensor(cycle, dtype=torch.int64, device=slides.device).expand_as(slides)
+        visit = torch.as_tensor(cycle, device=slides.device)
+        if visit.is_floating_point() or visit.shape not in ((), slides.shape):
+            raise ValueError(
+                f"MemoryBank: cycle (the visit number) must be an integer or integers {list(slides.shape)}, "
+                f"got {visit.dtype} {list(visit.shape)}"
+            )
+        visit = visit.to(torch.int64).expand_as(slides)
         if not torch.compiler.is_compiling() and bool((visit < 0).any()):
             raise ValueError(f"MemoryBank: cycle (the visit number) counts from 0, got {int(visit.min())}")
         return visit

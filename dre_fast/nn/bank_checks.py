@@ -117,7 +117,7 @@ def check_rows(length: Tensor, slides: Tensor, tiles: Tensor, features: Tensor |
     One host synchronisation when all is well.
 
     Args:
-        slides, tiles: int64 [R]; features: [R, D] or None.
+        slides, tiles: int64 [R]; features: [R, D] on any device, or None.
 
     Raises:
         ValueError: naming slide and tile.
@@ -130,7 +130,7 @@ def check_rows(length: Tensor, slides: Tensor, tiles: Tensor, features: Tensor |
     bad_tile = ~skip & ~bad_slide & ((tiles < 0) | (tiles >= n))
     bad = bad_slide | bad_tile
     if features is not None:
-        bad = bad | (~skip & ~torch.isfinite(features).all(dim=1))
+        bad = bad | (~skip & ~torch.isfinite(features).all(dim=1).to(skip.device))
     if not bool(bad.any()):
         return
     i = int(bad.nonzero()[0, 0])
@@ -145,7 +145,7 @@ def check_rows(length: Tensor, slides: Tensor, tiles: Tensor, features: Tensor |
             "(-1 skips a row)"
         )
     raise ValueError(
-        f"MemoryBank: slide {slide}, tile {tile}: feature is not finite (NaN or Inf); nothing was written. "
+        f"MemoryBank: slide {slide}, tile {tile}: feature is not finite (NaN or Inf); the bank is unchanged. "
         f"{int(bad.sum())} of {bad.numel()} rows are like this. Look at the tile, or lower the encoder's rate"
     )
 

@@ -294,6 +294,41 @@ def test_encode_errors() -> None:
             bank.encode([1], [[5, 6]], live, memory=memory)
     with pytest.raises(ValueError, match="no codebook yet"):
         MemoryBank([3], D).encode([0], [[0, 1]], live)
+    with pytest.raises(ValueError, match="tiles must be integers"):
+        bank.encode([1], [[5.0, 6.0]], live)
+    with pytest.raises(ValueError, match="live floating point"):
+        bank.encode([1], [[5, 6]], live.long())
+    live[0, 1, 3] = torch.nan
+    with pytest.raises(ValueError, match="slide 1, tile 6: feature is not finite"):
+        bank.encode([1], [[5, 6]], live)
+
+
+@pytest.mark.parametrize(
+    "visit", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), 0.5]
+)
+def test_visits_that_do_not_fit_the_slides_are_refused(visit: Tensor | float) -> None:
+    bank = filled()
+    with pytest.raises(ValueError, match="visit number"):
+        bank.sample([0, 1], 2, visit, 0)
+    with pytest.raises(ValueError, match="visit number"):
+        bank.encode([0, 1], [[0, 1], [0, 1]], unit(2, 2, D), memory=2, cycle=visit, seed=0)
+
+
+@pytest.mark.parametrize("memory", ["full", "none"])
+def test_no_live_rows_and_no_slides(memory: str | int) -> None:
+    bank, slides = filled(part=0.7), torch.tensor([1, 3])
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    encoded, counts = bank.encode(slides, none, torch.zeros(2, 0, D), memory=memory, return_counts=True)
+    if memory == "full":
+        expected = brute_force(bank, slides, none, torch.zeros(2, 0, D), written_others(bank, slides, none))
+        torch.testing.assert_close(encoded.double(), expected, rtol=0, atol=1e-5)
+        assert torch.equal(counts, bank.slide_counts[slides])
+    else:
+        assert not encoded.any()
+    no_slides = torch.zeros(0, dtype=torch.int64)
+    assert bank.encode(no_slides, none[:0], torch.zeros(0, 0, D), memory=memory).shape == (0, K, D)
+    with pytest.raises(ValueError, match="m must be at least 1"):
+        bank.encode(slides, none, torch.zeros(2, 0, D), memory=4, cycle=0, seed=1)
 
 
 def test_construction_errors() -> None:
