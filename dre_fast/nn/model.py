@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.encoding import residual_encode
 from dre_fast.nn.slide_encoder import SlideEncoder
-from dre_fast.reference.encode import l2_normalize, normalize_residuals
+from dre_fast.reference.encode import l2_normalize, normalization_steps, normalize_residuals
 
 
 @dataclass
@@ -42,11 +42,13 @@ class DRESLCL(nn.Module):
         tasks: supervised heads, task name -> number of logits. May be empty.
         memory: ``"full"`` (every written row of the slide, through its running sums), an int r (r rows retrieved from
             the bank, the paper's mode) or ``"none"`` (live tiles only).
-        grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = n_s/m, or a float.
+        grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = n_s/m with m the
+            slots in use, or a float.
         normalize: normalisations of V in the order intra, power, l2.
 
     Raises:
-        ValueError: the parts disagree on D or K, or ``grad_scale`` is not one of the above.
+        ValueError: the parts disagree on D or K, or ``memory``, ``grad_scale`` or ``normalize`` is not one of the
+            above.
     """
 
     def __init__(
@@ -58,11 +60,17 @@ class DRESLCL(nn.Module):
         tasks: Mapping[str, int] | None = None,
         memory: str | int = "full",
         grad_scale: str | float = "none",
-        normalize: Sequence[str] = ("intra", "l2"),
+        normalize: str | Sequence[str] = ("intra", "l2"),
     ) -> None:
         super().__init__()
         if bank.dim != slide_encoder.dim:
             raise ValueError(f"DRESLCL: bank has D={bank.dim}, slide encoder D={slide_encoder.dim}")
+        words = bank.codebook.shape[0]
+        if words and words != slide_encoder.codewords:
+            raise ValueError(f"DRESLCL: bank has K={words}, slide encoder K={slide_encoder.codewords}")
+        rows = isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0
+        if memory not in ("full", "none") and not rows:
+            raise ValueError(f"DRESLCL: memory must be 'full', 'none' or an int r >= 0, got {memory!r}")
         if grad_scale not in ("none", "unbiased") and not isinstance(grad_scale, (int, float)):
             raise ValueError(
                 f"DRESLCL: grad_scale must be 'none', 'unbiased' or a number, got {grad_scale!r}"
@@ -75,7 +83,7 @@ class DRESLCL(nn.Module):
         )
         self.memory = memory
         self.grad_scale = grad_scale
-        self.normalize = tuple(normalize)
+        self.normalize = normalization_steps(normalize)
 
     @property
     def codebook(self) -> Tensor:
@@ -108,6 +116,12 @@ class DRESLCL(nn.Module):
             visit: visit number of the slides, int or int64 [B]; with ``seed`` it fixes the rows retrieved when
                 ``memory`` is an int, so that they never overlap the live ones. Unused otherwise.
             seed: seed of the sampling permutation.
+
+        Returns:
+            :class:`SlideOutput` of the B slides, with ``live`` [B, m, D].
+
+        Raises:
+            ValueError: the tile encoder's output has another shape, or as :meth:`MemoryBank.encode` does.
         """
         b = tiles.shape[0]
         live = rearrange(
@@ -144,7 +158,14 @@ class DRESLCL(nn.Module):
 
         Args:
             features: [N, D] rows of B ragged bags (L2-normalised here), e.g. ``encode_tiles`` of every tile.
-            cu_seqlens: int [B+1] row offsets; ``None`` means one bag.
+            cu_seqlens: int32 or int64 [B+1] row offsets; ``None`` means one bag.
+
+        Returns:
+            :class:`SlideOutput` of the B slides, with ``live`` None.
+
+        Raises:
+            ValueError: as :func:`dre_fast.residual_encode` does: wrong shapes or offsets, no codebook, NaN or Inf in
+                a row (bag and row named).
         """
         rows = l2_normalize(features.float())
         return self.represent(residual_encode(rows, self.codebook, cu_seqlens=cu_seqlens))

@@ -32,8 +32,8 @@ class SlideEncoder(nn.Module):
         ``project(h)``: [B, width] -> [B, T].
 
     Raises:
-        ValueError: ``width`` is not a multiple of 4 and of ``heads``, the input is not [B, K, D], or ``project`` is
-            called on an encoder built without ``report_dim``.
+        ValueError: a size is below 1, ``width`` is not a multiple of 4 and of ``heads``, the input is not [B, K, D],
+            or ``project`` is called on an encoder built without ``report_dim``.
 
     Source: DRE-SLCL, arXiv 2511.05034 (a small transformer over the residual tokens, then a linear projection); the
     read-out in codeword order is dre_fast's own.
@@ -51,6 +51,13 @@ class SlideEncoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if min(dim, codewords, width, depth, heads) < 1:
+            raise ValueError(
+                "SlideEncoder: dim, codewords, width, depth and heads must be at least 1, "
+                f"got {dim}, {codewords}, {width}, {depth} and {heads}"
+            )
+        if report_dim is not None and report_dim < 1:
+            raise ValueError(f"SlideEncoder: report_dim must be at least 1, or None, got {report_dim}")
         if width % heads or width % 4:
             raise ValueError(f"SlideEncoder: width {width} must be a multiple of 4 and of heads {heads}")
         self.dim, self.codewords, self.width, self.report_dim = dim, codewords, width, report_dim

@@ -88,11 +88,26 @@ def test_gradient_reaches_the_tile_encoder_but_not_the_bank(memory):
     assert all(before[name].equal(buffer) for name, buffer in model.bank.named_buffers())
 
 
+def test_one_name_of_a_normalisation_will_do():
+    encoder = SlideEncoder(D, K, width=8, heads=2)
+    assert DRESLCL(Flat(), MemoryBank([3], D), encoder, normalize="intra").normalize == ("intra",)
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="D=8"):
         DRESLCL(Flat(), MemoryBank([3], D), SlideEncoder(9, K, width=8, heads=2))
     with pytest.raises(ValueError, match="grad_scale"):
         build(grad_scale="some")
+    with pytest.raises(ValueError, match="K=4, slide encoder K=5"):
+        DRESLCL(Flat(), MemoryBank([3], D, codebook=torch.randn(4, D)), SlideEncoder(D, 5, width=8, heads=2))
+    for memory in ("ful", -1, True, 2.5):
+        with pytest.raises(ValueError, match="memory must be"):
+            build(memory=memory)
+    with pytest.raises(ValueError, match="order is intra"):
+        DRESLCL(Flat(), MemoryBank([3], D), SlideEncoder(D, K, width=8, heads=2), normalize=("l2", "intra"))
+    for size in ({"depth": 0}, {"heads": 0}, {"width": -4}, {"report_dim": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            SlideEncoder(D, K, **size)
     model = build(encoder=Flat(dim=D + 1))
     with pytest.raises(ValueError, match="tile encoder returned"):
         model.encode_tiles(torch.rand(2, 3, 4, 4))
@@ -127,3 +142,17 @@ def test_supervised_loss_leaves_missing_labels_out():
     torch.testing.assert_close(one, torch.tensor(2.0).log())
     with pytest.raises(ValueError, match="kind"):
         supervised_loss("ranking", logits, target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "target"),
+    [
+        ("multilabel", (2, 3), (3, 2)),
+        ("multilabel", (2, 3), (6,)),
+        ("binary", (4, 1), (1, 4)),
+        ("multiclass", (4, 3), (4, 1)),
+    ],
+)
+def test_targets_of_another_shape_are_refused(kind, logits, target):
+    with pytest.raises(ValueError, match="does not fit"):
+        supervised_loss(kind, torch.zeros(logits), torch.zeros(target))
