@@ -54,20 +54,17 @@ def fit_codebook(
         init: ``"k-means++"`` or ``"random"`` (K rows of the sample); not used with ``warm_start``.
         iterations: Lloyd steps at most; 0 returns the start.
         warm_start: [K, D] codebook to go on from. Codeword k stays codeword k, so codes and running sums keep
-            their
-            meaning while the features drift; only empty codewords jump.
+            their meaning while the features drift; only empty codewords jump.
         seed: seed of the sample and the start.
         tolerance: stop when the codewords together move, in squared distance, by at most this share of the
-            rows'
-            mean variance per dimension.
+            rows' mean variance per dimension.
 
     Returns:
         Codebook fp32 [K, D] on the device of the rows, and inertia: sum_i min_k ||x_i - c_k||^2.
 
     Raises:
-        ValueError: fewer rows than codewords, NaN or Inf in a row (named), a warm start of another shape, or
-            an
-            unknown init.
+        ValueError: fewer rows than codewords, NaN or Inf in a row (named), a warm start of another shape,
+            negative iterations, or an unknown init.
 
     Source: DRE-SLCL, arXiv 2511.05034 (k-means on bank rows); Arthur & Vassilvitskii 2007 (start); Lloyd
     1982.
@@ -76,6 +73,8 @@ def fit_codebook(
         raise ValueError(f"fit_codebook: init must be 'k-means++' or 'random', got {init!r}")
     if codewords < 1:
         raise ValueError(f"fit_codebook: codewords must be at least 1, got {codewords}")
+    if iterations < 0:
+        raise ValueError(f"fit_codebook: iterations must be at least 0, got {iterations}")
     generator = torch.Generator().manual_seed(seed)
     sample, count, variance = _survey(rows_or_bank, _SAMPLE_PER_CODEWORD * codewords, generator)
     if count < codewords:

@@ -183,6 +183,8 @@ def test_errors() -> None:
         fit_codebook(rows, 2, warm_start=torch.full((2, 4), torch.nan))
     with pytest.raises(ValueError, match=r"floating point \[N, D\]"):
         fit_codebook(torch.randn(2, 3, 4), 2)
+    with pytest.raises(ValueError, match="iterations must be at least 0"):
+        fit_codebook(torch.randn(20, 4), 3, iterations=-1)
     with pytest.raises(ValueError, match="no rows"):
         fit_codebook(Bank(torch.empty(0, 4)), 2)
     rows[13, 2] = torch.inf
