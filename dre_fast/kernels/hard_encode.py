@@ -71,7 +71,7 @@ def _mark_outside(codes_ptr, first, end, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(acc, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_counts_ptr, cu_ptr, bag, first, end, part, R, k0, d0,
+def _store_sums(acc, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_counts_ptr, cu_ptr, bag, first, end, part, N, R, k0, d0,
                 K: tl.constexpr, D: tl.constexpr, KT: tl.constexpr, DT: tl.constexpr, with_counts: tl.constexpr):  # fmt: skip
     """Turn sums of rows into sums of residuals; a whole bag goes to V, a piece of one to this range's partial."""
     k = k0 + tl.arange(0, KT)
@@ -80,7 +80,10 @@ def _store_sums(acc, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_coun
     place = k[:, None].to(tl.int64) * D + d[None, :]
     codewords = tl.load(c_ptr + place, mask=inside, other=0.0)
     residuals = acc - counts.to(tl.float32)[:, None] * codewords
-    whole = (first == tl.load(cu_ptr + bag).to(tl.int64)) & (end == tl.load(cu_ptr + bag + 1).to(tl.int64))
+    # Offsets clamped as `first` and `end` are: a bag taken for a piece would be stored where there is no partial.
+    bag_first = tl.maximum(tl.load(cu_ptr + bag).to(tl.int64), 0)
+    bag_end = tl.minimum(tl.load(cu_ptr + bag + 1).to(tl.int64), N)
+    whole = (first == bag_first) & (end == bag_end)
     slot = part * 2 + (first > part * R).to(tl.int64)
     if whole:
         tl.store(V_ptr + bag * K * D + place, residuals, mask=inside)
@@ -201,6 +204,7 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
         first,
         end,
         part,
+        N,
         R,
         0,
         0,
@@ -224,6 +228,7 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
             first,
             end,
             part,
+            N,
             R,
             0,
             DT,
@@ -247,6 +252,7 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
             first,
             end,
             part,
+            N,
             R,
             0,
             2 * DT,
@@ -330,6 +336,7 @@ def _aggregate_kernel(x_ptr, stride, c_ptr, cu_ptr, V_ptr, counts_ptr, codes_ptr
         first,
         end,
         part,
+        N,
         R,
         k0,
         d0,

@@ -182,3 +182,19 @@ def test_bad_arguments_are_named(kernel_device: str) -> None:
         hard_encode(x, codebook.repeat(300, 1), bounds)
     with pytest.raises(ValueError, match="dimensions"):
         hard_encode(x.repeat(1, 200), codebook.repeat(1, 200), bounds)
+
+
+@pytest.mark.parametrize("rows", [10, 700])
+@pytest.mark.parametrize("bounds", [[0, 2.0], [0, 0.4, 2.0], [0, 1.2, 3.0], [-0.3, 1.0], [0, 0.7]])
+@pytest.mark.parametrize("codewords", [4, 200])
+def test_offsets_are_clamped_to_the_rows(
+    bounds: list[float], rows: int, codewords: int, kernel_device: str
+) -> None:
+    """Nobody checks them under torch.compile: they must not lead outside the tensors."""
+    x, codebook, _ = make_bags([rows], 16, codewords, torch.float32, kernel_device)
+    cu = torch.tensor([int(b * rows) for b in bounds], device=x.device)
+    V, counts, codes = hard_encode(x, codebook, cu)
+    expected = reference.hard_encode(x, codebook, cu.clamp(0, rows))
+    torch.testing.assert_close(V, expected[0], atol=1e-4, rtol=0)
+    assert torch.equal(counts, expected[1])
+    assert torch.equal(codes, expected[2])
