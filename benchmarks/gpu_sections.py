@@ -176,7 +176,7 @@ def bank(dry: bool, found: list[Row]) -> list[Row]:
 
 
 def _write(dry: bool, device: str) -> Row:
-    from benchmarks.test_bank import BankShape, make_bank, torch_chain
+    from benchmarks.test_bank_write import BankShape, make_bank, torch_chain
     from dre_fast.ops import bank as ops
 
     shape = BankShape(64, 32, 8, 4, 50, "small") if dry else BankShape(2048, 384, 64, 32, 1000, "P6")
