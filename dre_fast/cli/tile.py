@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     """Tiles the slides; 0 when all, or with ``--skip-bad`` some, were tiled."""
     from dre_fast.data.cohort_tiling import SUMMARY, TileSettings, tile_cohort
 
+    if args.mpp is not None and not 0 < args.mpp < math.inf:
+        raise ValueError(f"--mpp {args.mpp}: must be a positive number of microns per pixel")
     if args.force_mpp and args.mpp is None:
         raise ValueError("--force-mpp needs --mpp")
     settings = TileSettings(

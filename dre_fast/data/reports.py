@@ -148,10 +148,7 @@ def read_reports(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     if path.is_dir():
-        pairs = [
-            (file.stem, file.read_text(encoding="utf-8-sig"), file.name)
-            for file in sorted(path.glob("*.txt"))
-        ]
+        pairs = [(file.stem, _read_text(file), file.name) for file in sorted(path.glob("*.txt"))]
     elif path.suffix.lower() == ".json":
         pairs = _json_reports(path)
     else:
@@ -266,6 +263,13 @@ def embed_reports(
     return ReportEmbeddings(list(reports), matrix, f"{model} {encoder.identity}", details)
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{file}: not UTF-8 (at byte {error.start}); save it as UTF-8") from None
+
+
 def _case(name: str, cohort: Cohort, cases: set[str]) -> str | None:
     """The cohort's case that an id of a report file means."""
     for candidate in (name, name.split(".")[0]):
@@ -285,7 +289,7 @@ def _csv_reports(path: Path) -> list[tuple[str, str, str]]:
         column = next((lower.index(name) for name in wanted if name in lower), None)
         if column is None:
             raise ReportError(
-                f"{path}, row 1: no {what} column (one of {', '.join(wanted)}); columns: {', '.join(names)}"
+                f"{path}, row 1: no {what} column (one of {', '.join(wanted)}); columns: {', '.join(names)[:300]}"
             )
         chosen.append(column)
     pairs = []

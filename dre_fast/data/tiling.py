@@ -176,12 +176,21 @@ def fit_to_slide(tiling: Tiling, slide: Slide) -> Tiling:
     """Fills in the level to read where a file of another tool does not store it, and checks the rest.
 
     Raises:
-        SlideError: the coordinates were made for a slide of another size or with another pyramid.
+        SlideError: the coordinates were made for a slide of another size or with another pyramid, or a tile lies
+            outside the slide.
     """
     if tiling.dimensions is not None and tiling.dimensions != slide.dimensions:
         raise SlideError(
             f"slide {slide.path}: is {_by(slide.dimensions)} px, but the tiles of {tiling.slide_id} were "
             f"made for {_by(tiling.dimensions)} px: another slide or another version of it; tile it again"
+        )
+    # Files of other tools do not say what slide they belong to; a tile off the slide would read as white.
+    outside = (tiling.coords >= slide.dimensions) | (tiling.coords <= -tiling.tile_size_level0)
+    if outside.any():
+        tile = int(outside.any(1).argmax())
+        raise SlideError(
+            f"slide {slide.path}: is {_by(slide.dimensions)} px, but tile {tile} of {tiling.slide_id} lies at "
+            f"x={tiling.coords[tile, 0]}, y={tiling.coords[tile, 1]}, outside of it: coordinates of another slide?"
         )
     level, read_size = tiling.level, tiling.read_size
     if level is None or read_size is None:

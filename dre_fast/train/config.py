@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dre_fast.data.files import write_text_atomic
 
 # Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
@@ -177,8 +179,22 @@ class Config:
                 f"data.train_split={self.data.train_split or 'null'} holds the slides of data.val_split="
                 f"{self.data.val_split}: they would be trained on; set data.val_split=null or another split"
             )
-        if self.data.stain < 0:
-            raise ConfigError("data.stain must be >= 0")
+        for key in (
+            "data.workers",
+            "memory.refit_every",
+            "memory.retrieved",
+            "memory.kmeans_iterations",
+            "optim.warmup_steps",
+            "optim.head_warmup_epochs",
+            "run.threads",
+            "run.seed",
+        ):
+            section, name = key.split(".")
+            if not 0 <= getattr(getattr(self, section), name) < 2**31:
+                raise ConfigError(f"{key} must be 0 or more, and less than 2^31")
+        for key, number in (("data.stain", self.data.stain), ("memory.grad_scale", self.memory.grad_scale)):
+            if not isinstance(number, str) and not 0 <= number < math.inf:
+                raise ConfigError(f"{key}={number}: must be a number >= 0")
         if not self.data.cohort:
             raise ConfigError("data.cohort is not set: the cohort CSV")
         if not self.data.tiles:
@@ -193,6 +209,12 @@ class Config:
         names = [task.name for task in self.loss.tasks]
         if len(set(names)) != len(names) or "" in names:
             raise ConfigError(f"loss.tasks: every task needs a name of its own, got {names}")
+        for name in names:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise ConfigError(
+                    f"loss.tasks: {name!r} cannot name a module of torch; name the task otherwise and give the "
+                    f"column as columns: [{name}]"
+                )
         for task in self.loss.tasks:
             _one_of(f"loss.tasks[{task.name}].kind", task.kind, ("multiclass", "binary", "multilabel"))
         return self

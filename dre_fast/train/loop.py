@@ -321,6 +321,12 @@ class Trainer:
             features = encode_tiles_of(
                 self.model, self.train.reader, slide, self.config.run.encode_chunk, self._autocast
             )
+            bad = ~torch.isfinite(features).all(1)
+            if bad.any():
+                raise ValueError(
+                    f"slide {self.train.records[slide].slide_id}, tile {int(bad.nonzero()[0])}: the encoder's feature "
+                    f"is not finite ({int(bad.sum())} of {len(bad)} tiles); look at model.encoder_weights, optim.amp"
+                )
             tiles = torch.arange(len(features), device=self.device)
             self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=0)
         self._record("prefill", tiles=sum(self.train.tiles), seconds=time.perf_counter() - started)

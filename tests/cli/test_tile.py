@@ -136,6 +136,12 @@ def test_mpp_is_for_slides_without_and_force_mpp_for_all(slides, tmp_path):
         run(slides, "--out", tmp_path / "three", "--force-mpp")
 
 
+@pytest.mark.parametrize("mpp", ["-1", "0", "nan"])
+def test_an_impossible_mpp_is_refused_even_where_it_is_not_needed(slides, tmp_path, mpp):
+    with pytest.raises(ValueError, match=r"--mpp .*must be a positive"):
+        run(slides, "--out", tmp_path / "out", "--mpp", mpp)
+
+
 def test_nothing_left_is_an_error(tmp_path):
     write_slide(tmp_path / "glass.tif", glass=True)
     with pytest.raises(ValueError, match=r"none of 1 slides could be tiled.*glass\.tif"):

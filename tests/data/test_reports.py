@@ -490,6 +490,17 @@ def test_report_folder(tmp_path):
     assert read_reports(tmp_path) == {"P1": "lung", "P2": "gland"}
 
 
+def test_reports_in_another_encoding_or_of_another_kind_are_named(tmp_path):
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "c1.txt").write_bytes("caf\xe9".encode("latin1"))
+    with pytest.raises(ReportError, match=r"c1\.txt: not UTF-8 \(at byte 3\)"):
+        read_reports(tmp_path / "reports")
+    (tmp_path / "data.csv").write_text("x" * 100_000 + "\n1\n")
+    with pytest.raises(ReportError, match="no id column") as error:
+        read_reports(tmp_path / "data.csv")
+    assert len(str(error.value)) < 1000  # not the whole of a file that is no table
+
+
 def test_reports_find_their_cases():
     slides = [("TCGA-05-4244-01Z-00-DX1", "TCGA-05-4244"), ("s2", "P2"), ("s3", "P3"), ("s4", "P4.1")]
     cohort = Cohort([SlideRecord(slide, case) for slide, case in slides])

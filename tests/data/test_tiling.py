@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -224,6 +226,17 @@ def test_fit_to_slide_refuses_another_slide(tmp_path):
         pytest.raises(SlideError, match=r"flat\.tif.*read from level 1.*levels 0 to 0"),
     ):
         fit_to_slide(tiling, flat)
+
+
+@pytest.mark.parametrize("place", [(300, 0), (0, 300), (-64, 0)])
+def test_fit_to_slide_refuses_tiles_off_the_slide(place):
+    slide = open_slide(np.full((300, 300, 3), 128, dtype=np.uint8), mpp=0.5)
+    made = tile_slide(slide, tile_size=64, tissue="none", slide_id="s")
+    foreign = replace(made, dimensions=None, coords=np.array([[0, 0], [299, -63], place]))
+    with pytest.raises(SlideError, match=rf"tile 2 of s lies at x={place[0]}, y={place[1]}, outside"):
+        fit_to_slide(foreign, slide)
+    at_the_edge = replace(foreign, coords=foreign.coords[:2])
+    assert fit_to_slide(at_the_edge, slide).dimensions == (300, 300)
 
 
 def test_real_slides(test_data):

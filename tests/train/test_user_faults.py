@@ -55,6 +55,13 @@ def test_a_device_that_is_not_there():
         (["optim.lr=.nan"], r"optim\.lr"),
         (["optim.lr=.inf"], r"optim\.lr"),
         (["optim.grad_clip=-1"], r"optim\.grad_clip"),
+        (["run.threads=-1"], r"run\.threads"),
+        (["run.seed=-1"], r"run\.seed"),
+        (["data.workers=-1"], r"data\.workers"),
+        (["data.stain=.nan"], r"data\.stain"),
+        (["memory.grad_scale=.inf"], r"memory\.grad_scale"),
+        (["loss.tasks=[{name: type, columns: [kind]}]"], r"'type' cannot name.*columns: \[type\]"),
+        (["loss.tasks=[{name: p.53, columns: [kind]}]"], r"'p\.53' cannot name"),
     ],
 )
 def test_settings_that_cannot_be_meant(tiny_cohort, overrides, words):
@@ -221,6 +228,25 @@ def test_divergence_never_reaches_a_checkpoint(tiny_cohort, tmp_path, monkeypatc
     state = on_disk.load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+
+
+def test_an_encoder_that_gives_nan_is_told_by_slide_and_tile(tiny_cohort, tmp_path):
+    trainer = Trainer(tiny_config(tiny_cohort), tmp_path / "run")
+    with torch.no_grad():
+        next(trainer.model.tile_encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"slide s0, tile 0: .*not finite .*model\.encoder_weights"):
+        trainer.fit()
+
+
+def test_a_heatmap_of_a_class_with_a_slash_in_its_name(tiny_cohort, tmp_path):
+    root = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort, root)
+    cohort = table(root, "slash.csv", lambda row: {**row, "kind": f"Stage {row['kind']}/II"})
+    Trainer(tiny_config(root, cohort, "optim.epochs=1"), tmp_path / "run").fit()
+    common = ["--cohort", str(root / "slash.csv"), "--tiles", str(root / "tiles"), "--slide", "s1"]
+    wanted = ["--task", "kind", "--class", "Stage dots/II"]
+    assert main(["heatmap", str(tmp_path / "run"), *common, *wanted, "--out", str(tmp_path / "maps")]) == 0
+    assert (tmp_path / "maps" / "s1_kind_Stage-dots-II.png").exists()
 
 
 def test_an_encoder_at_rest_keeps_its_batch_statistics(tiny_cohort, tmp_path, monkeypatch):
