@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing,
     )
     print(format_rows(rows))
-    if args.split is None and (trained := cohort.splits.get("train")):
+    predicted = set(embeddings.slide_ids)
+    trained = sum(record.split == "train" and record.slide_id in predicted for record in cohort.records)
+    if args.split is None and trained:
         print(
             f"note: {trained} of these slides are in the train split; judge others with --split",
             file=sys.stderr,

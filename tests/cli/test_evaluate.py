@@ -91,7 +91,11 @@ def test_values_that_mean_missing_and_training_slides_are_said(
     assert run(*common, "--split", "test", "--missing", "NS") == 0
     assert "train split" not in capsys.readouterr().err
     assert run(*common, "--missing", "NS", "--allow-missing") == 0
-    assert "in the train split" in capsys.readouterr().err
+    assert "40 of these slides are in the train split" in capsys.readouterr().err
+    lines.append("unseen,C99,x,,,train")  # without prediction, so not judged
+    table.write_text("\n".join(lines) + "\n")
+    assert run(*common, "--allow-missing") == 0
+    assert "40 of these slides" in capsys.readouterr().err
 
 
 def _third(table: dict, task: str, metric: str) -> str:
