@@ -44,6 +44,9 @@ class MemoryBank(BankTables):
     Tiles are 0 .. n-1 within a slide. -1 as a slide or tile id means "no row": writes skip it, reads give
     zeros. Id arguments are int64 tensors or anything ``torch.as_tensor`` takes, moved to the bank's device.
 
+    Methods of one slide (``sums``, ``counts``, ``codes``, ``ages``, ``drifts``, ``written``, ``remove_slide``) raise
+    ValueError for an id that no slide has.
+
     Checks read a flag back from the device once a call; inside ``torch.compile`` they are left out, because
     they depend on the data, and the caller answers for ids and finite features.
 

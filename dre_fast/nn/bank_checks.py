@@ -195,6 +195,8 @@ def table_problem(tables: Mapping[str, Tensor]) -> str | None:
         return (
             f"codebook {list(codebook.shape)} or start {list(start.shape)} has the wrong number of dimensions"
         )
+    if not bool(torch.isfinite(codebook).all()):
+        return "the codebook holds NaN or Inf"
     rows, (k, dim), s = payload.shape[0], codebook.shape, start.shape[0]
     if payload.shape[1] != padded_dim(dim, payload.dtype):
         return f"payload rows of {payload.shape[1]} values do not hold {dim} values padded to 16 bytes"

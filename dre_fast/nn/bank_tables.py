@@ -132,7 +132,11 @@ class BankTables(nn.Module):
     # ------------------------------------------------------------------ slides come and go
 
     def add_slide(self, tiles: int) -> int:
-        """Add a slide of ``tiles`` unwritten rows; returns its id. :meth:`add_slides` adds many at once."""
+        """Add a slide of ``tiles`` unwritten rows; returns its id. :meth:`add_slides` adds many at once.
+
+        Raises:
+            ValueError: no tiles, or more memory needed than is free.
+        """
         return self.add_slides([tiles])[0]
 
     @torch.no_grad()

@@ -302,6 +302,7 @@ class ResidualEncoding(nn.Module):
         index: Tensor | None = None,
         return_counts: bool = False,
     ) -> Any:
+        """V fp32 [B, K, D], and the counts where asked for: arguments and errors of :func:`residual_encode`."""
         return residual_encode(
             x,
             self.codebook,

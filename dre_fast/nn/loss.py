@@ -61,7 +61,7 @@ class SlideReportLoss(nn.Module):
     Shapes:
         ``forward(slide_emb, report_emb, case_ids)``: ``slide_emb`` [B, T] any float dtype; ``report_emb`` [B,
         T], row i the report of slide i, or, with ``negatives="all"``, None for the registered ones;
-        ``case_ids`` int64 [B] or B strings or ints -> 0-d loss in fp32.
+        ``case_ids`` int64 [B] or B strings or ints -> 0-d loss in fp32 (float64 for float64 slides).
 
     What to expect: a slide with p positives among the reports of the batch cannot go below log p. A batch of
     one case has no negatives: its infonce loss is log B when its slides agree, and the gradient only makes
@@ -144,6 +144,7 @@ class SlideReportLoss(nn.Module):
         self.report_cases = cases.to(device)
 
     def forward(self, slide_emb: Tensor, report_emb: Tensor | None, case_ids: Cases) -> Tensor:
+        """slide_emb, report_emb [B, T] and B case ids -> loss, 0-d. Shapes and errors: the class."""
         if self.negatives == "batch":
             if report_emb is None:
                 raise ValueError("SlideReportLoss: negatives='batch' needs report_emb [B, T]")

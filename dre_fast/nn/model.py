@@ -19,9 +19,10 @@ from dre_fast.reference.encode import l2_normalize, normalization_steps, normali
 class SlideOutput:
     """What a batch of B slides becomes.
 
-    ``embedding`` [B, width]; ``report`` [B, T], the projection into the report space, or None without one;
-    ``logits`` task name -> [B, C]; ``residuals`` V [B, K, D], un-normalised; ``live`` [B, m, D], the L2-normalised
-    features of the live tiles (with gradient), None at inference.
+    ``embedding`` [B, width]; ``report`` [B, T], the projection into the report space (not normalised), or None
+    without one; ``logits`` task name -> [B, C]: these in fp32, or in autocast's dtype under autocast. ``residuals`` V
+    fp32 [B, K, D], un-normalised; ``live`` fp32 [B, m, D], the L2-normalised features of the live tiles (with
+    gradient), None at inference.
     """
 
     embedding: Tensor
@@ -147,7 +148,11 @@ class DRESLCL(nn.Module):
         )  # the value stays exact, the gradient is scaled
 
     def represent(self, residuals: Tensor) -> SlideOutput:
-        """Un-normalised residuals V [B, K, D] -> :class:`SlideOutput`."""
+        """Un-normalised residuals V [B, K, D] -> :class:`SlideOutput`, with ``live`` None.
+
+        Raises:
+            ValueError: V is not [B, K, D] of the slide encoder.
+        """
         embedding = self.slide_encoder(normalize_residuals(residuals, self.normalize))
         report = self.slide_encoder.project(embedding) if self.slide_encoder.report_dim else None
         logits = {name: head(embedding) for name, head in self.heads.items()}

@@ -74,6 +74,7 @@ class SlideEncoder(nn.Module):
         self.projection = nn.Linear(width, report_dim) if report_dim else None
 
     def forward(self, residuals: Tensor) -> Tensor:
+        """Normalised residuals [B, K, D] -> slide embedding h [B, width]."""
         if residuals.dim() != 3 or residuals.shape[1:] != (self.codewords, self.dim):
             raise ValueError(
                 f"SlideEncoder: residuals must be [B, {self.codewords}, {self.dim}], got {tuple(residuals.shape)}"
@@ -84,7 +85,11 @@ class SlideEncoder(nn.Module):
         return self.readout(rearrange(self.narrow(tokens), "b k w -> b (k w)"))
 
     def project(self, embedding: Tensor) -> Tensor:
-        """Slide embedding [B, width] -> report space [B, T]."""
+        """Slide embedding [B, width] -> report space [B, T], not normalised.
+
+        Raises:
+            ValueError: built without ``report_dim``.
+        """
         if self.projection is None:
             raise ValueError(
                 "SlideEncoder: built without report_dim, so there is no projection into a report space"

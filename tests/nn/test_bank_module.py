@@ -563,6 +563,7 @@ def test_a_damaged_state_dict_changes_nothing() -> None:
         "overlap": {**state, "start": torch.zeros_like(state["start"])},
         "codes outside": {**state, "code": state["code"] + 100},
         "not the same": {**state, "code": torch.zeros_like(state["code"])},
+        "codebook holds NaN": {**state, "codebook": state["codebook"] * torch.nan},
         "D = 12": MemoryBank([3], D + 1).state_dict(),
     }
     for message, bad in cases.items():
