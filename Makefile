@@ -26,7 +26,7 @@ $(VENV)/.torch: constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.10-3.13 found; name one: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "[1/2] installing torch"
-	$(PIP) setuptools wheel pybind11 torch
+	$(PIP) 'setuptools>=77' wheel pybind11 torch
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(NATIVE)
