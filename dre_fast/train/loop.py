@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -209,6 +210,12 @@ class Trainer:
         self.epoch, self.batch = epoch + 1, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._record("epoch", seconds=time.perf_counter() - started, **summary)
+        shown = [
+            f"{k} {v:.3f}"
+            for k, v in summary.items()
+            if k.startswith(("train_loss", "val_")) and v is not None
+        ]
+        print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
         self._checkpoint()
 
     # ------------------------------------------------------------------ one step
