@@ -22,43 +22,19 @@ A row that holds NaN gets code 0 and makes its own bag's V NaN in all codewords;
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from dre_fast.kernels import config
+from dre_fast.kernels.case import Case
+from dre_fast.kernels.segments import find_segment, is_whole, reduce_kernel, slot_of
 
 # Run-time values: a new number of rows or bags compiles nothing.
 _RUN_TIME = ["N", "B", "P", "R"]
-
-
-@triton.jit
-def _find_segment(cu_ptr, N, B, P, R):
-    """Segment of this program: (bag, first row, end row, row range). Empty ones have first >= end.
-
-    Range starts {p * R} and bag starts {cu[b]} are merged in order, range starts first among equals; segment i begins
-    at the i-th of them. Of the first i + 1, ``bag + 1`` are bag starts: found by bisection, one load a step. The rows
-    from cu[B] on, which belong to no bag, are bag number B.
-    """
-    i = tl.program_id(0).to(tl.int64)
-    low = tl.maximum(i + 1 - P, 0)
-    high = tl.minimum(i + 1, B + 1)
-    while low < high:
-        middle = (low + high) // 2
-        if (i - middle) * R <= tl.load(cu_ptr + middle).to(tl.int64):
-            high = middle
-        else:
-            low = middle + 1
-    bag = low - 1
-    part = i - low
-    safe = tl.maximum(bag, 0)
-    first = tl.maximum(part * R, tl.load(cu_ptr + safe).to(tl.int64))
-    end = (part + 1) * R
-    if safe < B:
-        end = tl.minimum(end, tl.load(cu_ptr + safe + 1).to(tl.int64))
-    first = tl.maximum(first, 0)
-    end = tl.where((bag >= 0) & (part >= 0), tl.minimum(end, N), 0)
-    return safe, first, end, part
 
 
 @triton.jit
@@ -80,11 +56,8 @@ def _store_sums(acc, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_coun
     place = k[:, None].to(tl.int64) * D + d[None, :]
     codewords = tl.load(c_ptr + place, mask=inside, other=0.0)
     residuals = acc - counts.to(tl.float32)[:, None] * codewords
-    # Offsets clamped as `first` and `end` are: a bag taken for a piece would be stored where there is no partial.
-    bag_first = tl.maximum(tl.load(cu_ptr + bag).to(tl.int64), 0)
-    bag_end = tl.minimum(tl.load(cu_ptr + bag + 1).to(tl.int64), N)
-    whole = (first == bag_first) & (end == bag_end)
-    slot = part * 2 + (first > part * R).to(tl.int64)
+    whole = is_whole(cu_ptr, N, bag, first, end)
+    slot = slot_of(part, first, R)
     if whole:
         tl.store(V_ptr + bag * K * D + place, residuals, mask=inside)
     else:
@@ -143,7 +116,7 @@ def _single_kernel(x_ptr, stride, parts_ptr, scale_ptr, half_ptr, c_ptr, cu_ptr,
                    N, B, P, R, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, DT: tl.constexpr, TILES: tl.constexpr,
                    ROWS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Assign and add up in one read of the rows: the codebook stays in shared memory, the sums in registers."""
-    bag, first, end, part = _find_segment(cu_ptr, N, B, P, R)
+    bag, first, end, part = find_segment(cu_ptr, N, B, P, R)
     if first >= end:
         return
     if bag == B:
@@ -298,7 +271,7 @@ def _aggregate_kernel(x_ptr, stride, c_ptr, cu_ptr, V_ptr, counts_ptr, codes_ptr
                       K: tl.constexpr, D: tl.constexpr, KT: tl.constexpr, DT: tl.constexpr, ROWS: tl.constexpr,
                       STAGES: tl.constexpr):  # fmt: skip
     """Second of two passes: sums of the rows of one segment over a tile of KT codewords x DT features."""
-    bag, first, end, part = _find_segment(cu_ptr, N, B, P, R)
+    bag, first, end, part = find_segment(cu_ptr, N, B, P, R)
     if first >= end:
         return
     if bag == B:
@@ -346,32 +319,6 @@ def _aggregate_kernel(x_ptr, stride, c_ptr, cu_ptr, V_ptr, counts_ptr, codes_ptr
         DT,
         True,
     )
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def _reduce_kernel(cu_ptr, V_ptr, counts_ptr, partial_ptr, partial_counts_ptr, N, R, K: tl.constexpr, D: tl.constexpr,
-                   BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """One bag: zeros if it is empty, the ordered sum of its partials if it spans row ranges, else nothing to do."""
-    bag = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(tl.load(cu_ptr + bag).to(tl.int64), 0)
-    end = tl.minimum(tl.load(cu_ptr + bag + 1).to(tl.int64), N)
-    low = start // R
-    high = tl.where(end > start, (end - 1) // R, low - 1)
-    if high == low:
-        return
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < K * D
-    total = tl.zeros((BLOCK,), tl.float32)
-    members = tl.zeros((BLOCK,), tl.int64)
-    for p in range(low, high + 1, AT_ONCE):
-        part = p + tl.arange(0, AT_ONCE)
-        slot = part * 2 + ((part == low) & (start > low * R)).to(tl.int64)
-        mask = (part <= high)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(partial_ptr + slot[:, None] * (K * D) + e[None, :], mask=mask, other=0.0), 0)
-        counts = tl.load(partial_counts_ptr + slot[:, None] * K + e[None, :] // D, mask=mask, other=0)
-        members += tl.sum(counts.to(tl.int64), 0)
-    tl.store(V_ptr + bag * K * D + e, total, mask=inside)
-    tl.store(counts_ptr + bag * K + e // D, members, mask=inside & (e % D == 0))
 
 
 INTERPRETED = not isinstance(_single_kernel, triton.JITFunction)
@@ -494,6 +441,90 @@ def _launch(
             *shape, K, D, second.codewords, second.dim, second.rows, second.stages, num_warps=second.warps,
         )  # fmt: skip
     block = 256
-    _reduce_kernel[(bags, triton.cdiv(K * D, block))](
+    reduce_kernel[(bags, triton.cdiv(K * D, block))](
         cu_seqlens, V, counts, partial, partial_counts, N, height, K, D, block, 16, num_warps=4
     )
+
+
+# Every tile shape a plan can hold: one per kind of plan and dtype, sizes that fill the tiles and odd ones.
+_SHAPES = (
+    (torch.bfloat16, 64, 384),
+    (torch.bfloat16, 64, 1024),
+    (torch.bfloat16, 16, 64),
+    (torch.bfloat16, 64, 128),
+    (torch.bfloat16, 64, 192),
+    (torch.bfloat16, 64, 256),
+    (torch.bfloat16, 128, 64),
+    (torch.bfloat16, 128, 128),
+    (torch.bfloat16, 128, 192),
+    (torch.bfloat16, 7, 33),
+    (torch.bfloat16, 60, 127),
+    (torch.bfloat16, 100, 150),
+    (torch.bfloat16, 256, 64),
+    (torch.bfloat16, 1024, 2048),
+    (torch.bfloat16, 1000, 2047),
+    (torch.float16, 64, 384),
+    (torch.float16, 64, 1024),
+    (torch.float32, 64, 384),
+    (torch.float32, 5, 17),
+    (torch.float32, 1024, 2048),
+)
+# The codebook preparation and the sum of partials hardly depend on the shape: these three show them.
+_HELPER_SHAPES = {(64, 384), (7, 33), (1024, 2048)}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def cases(arch: config.Arch) -> Iterator[Case]:
+    """Every kernel of every plan on ``arch``, as the launcher launches them."""
+    for dtype, codewords, dim in _SHAPES:
+        plan = config.plan(arch, dtype, codewords, dim, dim % 16 == 0)
+        for kernel, warps, constants in _launches(plan, codewords, dim):
+            label = kernel.__name__.strip("_").removesuffix("_kernel")
+            helper = label in ("prepare", "reduce")
+            if helper and (dtype == torch.float16 or (codewords, dim) not in _HELPER_SHAPES):
+                continue
+            matrix = dtype != torch.float32 and not helper
+            whole = matrix and dim % 16 == 0
+            yield Case(
+                arch.capability,
+                kernel,
+                label,
+                _TYPES[dtype],
+                codewords,
+                dim,
+                _types(kernel, _TYPES[dtype], constants),
+                tuple(constants.items()),
+                warps,
+                arch.shared,
+                "-" if helper else str(plan.passes_over_rows),
+                matrix,
+                wide=whole,
+                asynchronous=whole and label != "single",
+            )
+
+
+def _launches(plan: config.Plan, K: int, D: int) -> Iterator[tuple[Any, int, dict[str, int]]]:
+    """(kernel, warps, constexpr arguments) of each launch of ``plan``."""
+    size = {"K": K, "D": D}
+    padded = {**size, "KP": plan.codewords, "DP": plan.dim, "PARTS": plan.parts}
+    yield _prepare_kernel, 4, {**padded, "DB": 1 << (plan.dim - 1).bit_length()}
+    if plan.single is not None:
+        one = plan.single
+        tiles = {"KP": plan.codewords, "DT": one.dim, "TILES": plan.dim // one.dim, "ROWS": one.rows}
+        yield _single_kernel, one.warps, {**size, **tiles, "PARTS": plan.parts, "STAGES": one.stages}
+    if plan.assign is not None:
+        first = plan.assign
+        tiles = {"KT": first.codewords, "DT": first.dim, "ROWS": first.rows, "STAGES": first.stages}
+        yield _assign_kernel, first.warps, {**padded, **tiles}
+    if plan.aggregate is not None:
+        second = plan.aggregate
+        tiles = {"KT": second.codewords, "DT": second.dim, "ROWS": second.rows, "STAGES": second.stages}
+        yield _aggregate_kernel, second.warps, {**size, **tiles}
+    yield reduce_kernel, 4, {**size, "BLOCK": 256, "AT_ONCE": 16}
+
+
+def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    pointers = {"x_ptr": dtype, "parts_ptr": dtype, "cu_ptr": "i64", "counts_ptr": "i64", "codes_ptr": "i64"}
+    pointers["partial_counts_ptr"] = "i32"
+    names = [name for name in kernel.arg_names if name not in constants]
+    return tuple((n, "*" + pointers.get(n, "fp32") if n.endswith("_ptr") else "i32") for n in names)

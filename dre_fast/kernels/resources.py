@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -15,62 +16,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from dre_fast.kernels import config
+from dre_fast.kernels.case import Case
 
-# Every tile shape a plan can hold: one per kind of plan and dtype, sizes that fill the tiles and odd ones.
-SHAPES = (
-    (torch.bfloat16, 64, 384),
-    (torch.bfloat16, 64, 1024),
-    (torch.bfloat16, 16, 64),
-    (torch.bfloat16, 64, 128),
-    (torch.bfloat16, 64, 192),
-    (torch.bfloat16, 64, 256),
-    (torch.bfloat16, 128, 64),
-    (torch.bfloat16, 128, 128),
-    (torch.bfloat16, 128, 192),
-    (torch.bfloat16, 7, 33),
-    (torch.bfloat16, 60, 127),
-    (torch.bfloat16, 100, 150),
-    (torch.bfloat16, 256, 64),
-    (torch.bfloat16, 1024, 2048),
-    (torch.bfloat16, 1000, 2047),
-    (torch.float16, 64, 384),
-    (torch.float16, 64, 1024),
-    (torch.float32, 64, 384),
-    (torch.float32, 5, 17),
-    (torch.float32, 1024, 2048),
-)
-# The shapes of P1 and P2 in benchmarks/registry.py.
-_HEADLINE = SHAPES[:2]
-# The codebook preparation and the sum of partials hardly depend on the shape: these three show them.
-_HELPER_SHAPES = {(64, 384), (7, 33), (1024, 2048)}
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel as one plan launches it."""
-
-    capability: int
-    kernel: str
-    dtype: str
-    codewords: int
-    dim: int
-    constants: tuple[tuple[str, Any], ...]
-    warps: int
-    shared_limit: int
-    passes: int
-    matrix: bool
-
-    @property
-    def name(self) -> str:
-        return f"sm_{self.capability} {self.kernel} {self.dtype} K={self.codewords} D={self.dim}"
+# Modules of dre_fast.kernels with a function cases(arch).
+MODULES = [
+    "hard_encode",
+]
+# Rows, K and D of P1 and P2 in benchmarks/registry.py.
+_HEADLINE = (("bf16", 64, 384), ("bf16", 64, 1024))
 
 
 @dataclass(frozen=True)
@@ -87,62 +45,11 @@ class Usage:
     async_copies: int
 
 
-def cases(capabilities: tuple[int, ...] = tuple(config.ARCHS), headline: bool = False) -> Iterator[Case]:
-    """Every kernel of every plan of SHAPES, or of the two headline shapes, per architecture."""
-    for capability in capabilities:
-        arch = config.ARCHS[capability]
-        for dtype, codewords, dim in _HEADLINE if headline else SHAPES:
-            plan = config.plan(arch, dtype, codewords, dim, dim % 16 == 0)
-            for kernel, warps, constants in _launches(plan, codewords, dim):
-                helper = kernel in ("prepare", "reduce")
-                if helper and (dtype == torch.float16 or (codewords, dim) not in _HELPER_SHAPES):
-                    continue
-                yield Case(
-                    capability,
-                    kernel,
-                    _TYPES[dtype],
-                    codewords,
-                    dim,
-                    tuple(constants.items()),
-                    warps,
-                    arch.shared,
-                    plan.passes_over_rows,
-                    dtype != torch.float32 and not helper,
-                )
-
-
-def _launches(plan: config.Plan, K: int, D: int) -> Iterator[tuple[str, int, dict[str, int]]]:
-    """(kernel, warps, constexpr arguments) of each launch of ``plan``, as hard_encode makes them."""
-    size = {"K": K, "D": D}
-    padded = {**size, "KP": plan.codewords, "DP": plan.dim, "PARTS": plan.parts}
-    yield "prepare", 4, {**padded, "DB": 1 << (plan.dim - 1).bit_length()}
-    if plan.single is not None:
-        one = plan.single
-        tiles = {"KP": plan.codewords, "DT": one.dim, "TILES": plan.dim // one.dim, "ROWS": one.rows}
-        yield "single", one.warps, {**size, **tiles, "PARTS": plan.parts, "STAGES": one.stages}
-    if plan.assign is not None:
-        first = plan.assign
-        tiles = {"KT": first.codewords, "DT": first.dim, "ROWS": first.rows, "STAGES": first.stages}
-        yield "assign", first.warps, {**padded, **tiles}
-    if plan.aggregate is not None:
-        second = plan.aggregate
-        tiles = {"KT": second.codewords, "DT": second.dim, "ROWS": second.rows, "STAGES": second.stages}
-        yield "aggregate", second.warps, {**size, **tiles}
-    yield "reduce", 4, {**size, "BLOCK": 256, "AT_ONCE": 16}
-
-
-def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    pointers = {"x_ptr": dtype, "parts_ptr": dtype, "cu_ptr": "i64", "counts_ptr": "i64", "codes_ptr": "i64"}
-    pointers["partial_counts_ptr"] = "i32"
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            types[name] = "*" + pointers.get(name, "fp32")
-        else:
-            types[name] = "i32"
-    return types
+def cases(arch: config.Arch) -> Iterator[Case]:
+    """Every configuration of every kernel on one architecture, in the order of MODULES."""
+    for name in MODULES:
+        # not an attribute of the package: functions of the same name hide the modules there
+        yield from importlib.import_module(f"dre_fast.kernels.{name}").cases(arch)
 
 
 def measure(case: Case) -> Usage:
@@ -155,23 +62,22 @@ def measure(case: Case) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dre_fast.kernels import hard_encode as _  # noqa: F401  (binds the submodule)
-
-    module = sys.modules["dre_fast.kernels.hard_encode"]
-    if module.INTERPRETED:
+    if not isinstance(case.kernel, triton.JITFunction):
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels do not compile")
-    kernel = getattr(module, f"_{case.kernel}_kernel")
-    constants = dict(case.constants)
-    signature = _signature(kernel, case.dtype, constants)
-    aligned_stride = case.dim % 16 == 0
+    constants, types = dict(case.constants), dict(case.types)
+    # in the order of the arguments: positions are what the compiler goes by
+    signature = {name: "constexpr" if name in constants else types[name] for name in case.kernel.arg_names}
     attributes = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name == "stride" and aligned_stride)
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name.endswith("stride") and kind != "constexpr" and case.dim % 16 == 0)
     }
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.warps}
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=options)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=options)
+    except Exception as error:
+        raise RuntimeError(f"{case.name} does not compile: {error}") from error
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -198,11 +104,31 @@ def _read(cubin: bytes, shared: int) -> Usage:
         stack=int(found[2]),
         shared=shared,
         local=count(r"\b(?:LDL|STL)\b"),
-        wgmma=count(r"\bHGMMA\b"),
+        wgmma=count(r"\b(?:HGMMA|QGMMA)\b"),
         mma=count(r"\b(?:HMMA|UTCHMMA|OMMA)\b"),
         wide_loads=count(r"\b(?:LDG|LDGSTS)\S*\.128\b"),
         async_copies=count(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b"),
     )
+
+
+def measure_all(capabilities: list[int], headline: bool = False, match: str = "") -> list[tuple[Case, Usage]]:
+    """Every case of the architectures (of the two headline shapes only; of names that contain ``match`` only)."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        numbers = [
+            (capability, i)
+            for capability in capabilities
+            for i, case in enumerate(cases(config.ARCHS[capability]))
+            if match in case.name and (not headline or (case.dtype, case.codewords, case.dim) in _HEADLINE)
+        ]
+        usages = list(pool.map(_measure_numbered, numbers))
+    found = {capability: list(cases(config.ARCHS[capability])) for capability in capabilities}
+    return [(found[arch][i], usage) for (arch, i), usage in zip(numbers, usages, strict=True)]
+
+
+def _measure_numbered(number: tuple[int, int]) -> Usage:
+    """By position, because JIT functions do not travel between processes."""
+    capability, i = number
+    return measure(list(cases(config.ARCHS[capability]))[i])
 
 
 def table(rows: list[tuple[Case, Usage]]) -> str:
@@ -211,10 +137,10 @@ def table(rows: list[tuple[Case, Usage]]) -> str:
     lines = [head, "|" + " --- |" * 12]
     for case, usage in rows:
         unit = "wgmma" if usage.wgmma else "mma" if usage.mma else "-"
-        reads = str(case.passes) if case.kernel in ("single", "assign", "aggregate") else "-"
         lines.append(
-            f"| sm_{case.capability} | {case.kernel} | {case.dtype} | {case.codewords} | {case.dim} | {usage.registers} "
-            f"| {usage.stack} | {usage.shared / 1024:.0f} | {unit} | {usage.wide_loads} | {usage.async_copies} | {reads} |"
+            f"| sm_{case.capability} | {case.label} | {case.dtype} | {case.codewords} | {case.dim} | {usage.registers} "
+            f"| {usage.stack} | {usage.shared / 1024:.0f} | {unit} | {usage.wide_loads} | {usage.async_copies} "
+            f"| {case.reads} |"
         )
     return "\n".join(lines)
 
@@ -223,23 +149,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dre_fast.kernels.resources", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=list(config.ARCHS), help="default: all")
     parser.add_argument("--headline", action="store_true", help="only the bf16 shapes K=64, D=384 and D=1024")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table of this Markdown page")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    chosen = tuple(arguments.arch or config.ARCHS)
-    rows = [(case, measure(case)) for case in cases(chosen, arguments.headline)]
+    rows = measure_all(list(arguments.arch or config.ARCHS), arguments.headline, arguments.match)
     if arguments.json:
-        fields = ("capability", "kernel", "dtype", "codewords", "dim", "warps", "shared_limit", "matrix")
-        entries = [
-            {"name": c.name, **{f: getattr(c, f) for f in fields}, **dataclasses.asdict(u)} for c, u in rows
-        ]
+        entries = [{"name": case.name, **_plain(case), **dataclasses.asdict(usage)} for case, usage in rows]
         print(json.dumps(entries, indent=1))
     elif arguments.write:
         _replace_table(arguments.write, table(rows))
     else:
         print(table(rows))
     return 0
+
+
+def _plain(case: Case) -> dict[str, object]:
+    """The fields of a case but its kernel, types and constants."""
+    hidden = ("kernel", "types", "constants")
+    return {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name not in hidden}
 
 
 def _replace_table(page: Path, text: str) -> None:
