@@ -149,7 +149,7 @@ def _lloyd_pass(rows: Tensor | RowBank, codebook: Tensor) -> tuple[Tensor, Tenso
     sums, counts = torch.zeros_like(codebook, dtype=torch.float64), None
     for part in row_chunks(rows):
         one_bag = torch.tensor([0, len(part)], device=part.device)
-        residuals, members, _ = ops.hard_encode(part, codebook, one_bag)
+        residuals, members, *_ = ops.hard_encode(part, codebook, one_bag)
         sums += residuals[0]
         counts = members[0] if counts is None else counts + members[0]
     assert counts is not None

@@ -14,7 +14,9 @@ from dre_fast.nn import bank_io
 from dre_fast.nn.bank_stats import freshness
 from dre_fast.nn.bank_tables import BankTables
 from dre_fast.ops import bank as ops
-from dre_fast.ops.encode import hard_encode
+from dre_fast.ops.encode import encode_stored, hard_encode
+from dre_fast.reference.layout import kept_rows
+from dre_fast.reference.quantize import has_scale
 
 
 class MemoryBank(BankTables):
@@ -291,10 +293,11 @@ class MemoryBank(BankTables):
                 raise ValueError(
                     "MemoryBank.encode: memory=r takes the rows after the live ones: m must be at least 1"
                 )
-            rows, found = self._retrieve(slides, tiles, memory, self._visits(cycle, slides), seed)
-            encoded, counts = self._encode_bags(
-                torch.cat([live, rows.to(live)], dim=1), torch.cat([valid, found], dim=1)
+            encoded, counts = self._encode_bags(live, valid)
+            others, n_others = self._encode_retrieved(
+                slides, tiles, memory, self._visits(cycle, slides), seed
             )
+            encoded, counts = encoded + others.to(encoded), counts + n_others
         else:
             raise ValueError(
                 f"MemoryBank.encode: memory must be 'full', 'none' or an int r >= 0, got {memory!r}"
@@ -302,30 +305,39 @@ class MemoryBank(BankTables):
         return (encoded, counts) if return_counts else encoded
 
     @torch.no_grad()
-    def _retrieve(
+    def _encode_retrieved(
         self, slides: Tensor, tiles: Tensor, r: int, visit: Tensor, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Up to r stored rows of each slide: fp32 [B, r, D], and which of them exist, bool [B, r]."""
+        """V fp32 [B, K, D] and counts of up to r stored rows of each slide, read where they lie."""
         b, m = tiles.shape
         others = ops.tiles(self.length[slides], slides, m, r, m, visit, seed)
         rows = self._row_numbers(slides[:, None], others)
         # only tiles that do not come from sample() can meet their own stored version here
         live_rows = self._row_numbers(slides[:, None], tiles)
         bag = torch.arange(b, device=tiles.device)[:, None] * max(self.payload.shape[0], 1)
-        found = (rows >= 0) & (self.age[rows.clamp(min=0)] >= 0)
-        found &= ~torch.isin(bag + rows.clamp(min=0), torch.where(live_rows >= 0, bag + live_rows, -1))
-        return ops.read(self.payload, self.scale, rows.reshape(-1), self.dim).view(b, r, self.dim), found
+        again = torch.isin(bag + rows.clamp(min=0), torch.where(live_rows >= 0, bag + live_rows, -1))
+        # the code of a row that was never written is -1: it is skipped
+        return encode_stored(
+            self.payload,
+            self.scale if has_scale(self.payload.dtype) else None,
+            self.code,
+            torch.where(again, -1, rows).reshape(-1),
+            self.codebook,
+            torch.arange(b + 1, device=tiles.device) * r,
+        )
 
     def _encode_bags(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Hard residual encoding of rows [B, q, D] where valid [B, q]: V [B, K, D], counts int64 [B, K]."""
         b, q = valid.shape
-        # Shapes must not depend on the data: rows left out move to the end, past the last bag.
-        valid = valid.to(rows.device)
-        order = torch.argsort((~valid).reshape(-1), stable=True)
-        cu = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
         x = rows.reshape(b * q, self.dim)
         x = x if x.dtype == torch.float64 else x.float()
-        encoded, counts, _ = hard_encode(x[order], self.codebook.to(x), cu)
+        encoded, counts, *_ = hard_encode(
+            x,
+            self.codebook.to(x),
+            torch.arange(b + 1, device=x.device) * q,
+            kept_rows(valid.reshape(-1).to(x.device)),
+            masked=True,
+        )
         return encoded, counts
 
     # ------------------------------------------------------------------ files and state dicts

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dre_fast.codebook import fit_codebook, row_chunks
+from dre_fast.codebook import CHUNK, fit_codebook, row_chunks
 from dre_fast.ops import encode as ops
-from dre_fast.reference.encode import normalization_steps, normalize_residuals, squared_distances
+from dre_fast.reference.encode import (
+    l2_normalize,
+    normalization_steps,
+    normalize_residuals,
+    squared_distances,
+)
 from dre_fast.reference.layout import as_ragged, bag_of_row
 
 
@@ -27,7 +32,10 @@ def residual_encode(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     normalize: str | Sequence[str] = (),
+    normalize_rows: bool = False,
     return_counts: bool = False,
+    return_codes: bool = False,
+    return_distances: bool = False,
     power: float = 0.5,
     check: bool = True,
 ) -> Any:
@@ -42,9 +50,9 @@ def residual_encode(
     rows of a larger store    [N, D]                     ``index`` [M], [M] + cu_seqlens, [B, M]
     ========================  =========================  ======================================
 
-    Rows are used as given: L2-normalise them first where the method asks for it. An empty bag or codeword
-    gives V = 0 and passes no gradient. Sums are fp32 (float64 for float64 x) also under autocast, the same on
-    every run. Neither N x K x D nor N x K is kept. Differentiable once; under vmap it raises.
+    Rows are used as given unless ``normalize_rows``; no layout copies them. An empty bag or codeword gives
+    V = 0 and passes no gradient. Sums are fp32 (float64 for float64 x) also under autocast, the same on every
+    run. Neither N x K x D nor N x K is kept. Differentiable once; under vmap it raises.
 
     Args:
         x: features, any float dtype, any strides.
@@ -56,14 +64,20 @@ def residual_encode(
             a_ik = softmax_k(-s_k ||x_i - c_k||^2), with ``weight`` a_ik = softmax_k(w_k.x_i + b_k).
         scale: [K], > 0 (Deep-TEN). weight: [K, D] and bias: [K], optional (NetVLAD).
         normalize: any of ``"intra"``, ``"power"``, ``"l2"`` in that order.
+        normalize_rows: divide each row by its L2 norm (at least 1e-12) as it is read.
         return_counts: also return the counts.
+        return_codes: also return the codeword of each row (hard only).
+        return_distances: also return the squared distance of each row to its codeword (hard only). Their sum
+            over a bag is its inertia.
         power: exponent of ``"power"``.
         check: look at the values of offsets, index, scale and result (device synchronisations on a GPU). Skipped
             where nothing may depend on values: under torch.compile and CUDA-graph capture.
 
     Returns:
-        V [B, K, D] fp32 (float64 for float64 x); B = 1 for one bag. With ``return_counts`` also the rows per
-        codeword [B, K]: int64 for hard, the mass sum_i a_ik in the dtype of V (differentiable) for soft.
+        V [B, K, D] fp32 (float64 for float64 x); B = 1 for one bag. What was asked for follows in this order:
+        the counts [B, K], int64 for hard, the mass sum_i a_ik in the dtype of V (differentiable) for soft;
+        the codes int64 and the squared distances in the dtype of V, both of the shape of the rows, [N],
+        [B, N] or that of ``index``, without gradient, -1 and 0 where a row is skipped.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; with ``check`` also offsets that are not
@@ -75,6 +89,8 @@ def residual_encode(
     """
     steps = normalization_steps(normalize)
     _check_arguments(x, codebook, assignment, scale, weight, bias)
+    if assignment == "soft" and (return_codes or return_distances):
+        raise ValueError("residual_encode: codes and distances belong to assignment='hard'")
     check = check and not torch.compiler.is_compiling()
     if check and x.is_cuda:
         check = not torch.cuda.is_current_stream_capturing()
@@ -84,16 +100,24 @@ def residual_encode(
             raise ValueError(
                 f"residual_encode: scale must be > 0, that of codeword {int((scale <= 0).nonzero()[0, 0])} is not"
             )
-    rows, offsets = as_ragged(x, cu_seqlens, mask, index)
+    rows, offsets, taken = as_ragged(x, cu_seqlens, mask, index)
+    options: dict[str, bool] = {"unit": normalize_rows, "masked": index is None}
+    extra: list[Tensor] = []
     if assignment == "hard":
-        residuals, counts, _ = ops.hard_encode(rows, codebook, offsets)
+        residuals, counts, codes, distances = ops.hard_encode(
+            rows, codebook, offsets, taken, distances=return_distances, **options
+        )
+        shape = x.shape[:-1] if index is None else index.shape
+        extra = [codes.view(shape)] if return_codes else []
+        extra += [distances.view(shape)] if return_distances else []
     else:
-        residuals, counts = ops.soft_encode(rows, codebook, offsets, scale, weight, bias)
+        residuals, counts = ops.soft_encode(rows, codebook, offsets, scale, weight, bias, taken, **options)
     # V is small, and a bad row always shows in it: the rows are searched only once something is wrong
     if check and not torch.isfinite(residuals).all():
         _raise_not_finite(x, codebook, cu_seqlens, mask, index, (scale, weight, bias))
     residuals = normalize_residuals(residuals, steps, power=power)
-    return (residuals, counts) if return_counts else residuals
+    results = (residuals, *[counts] * return_counts, *extra)
+    return results if len(results) > 1 else residuals
 
 
 def _check_arguments(
@@ -199,6 +223,7 @@ class ResidualEncoding(nn.Module):
         assignment: ``"hard"``, ``"soft"`` (Deep-TEN: a scale s_k per codeword, kept as its logarithm) or
             ``"netvlad"`` (weight [K, D] and bias [K], independent of the codebook).
         normalize: any of ``"intra"``, ``"power"``, ``"l2"`` in that order.
+        normalize_rows: divide each row by its L2 norm as it is read; :meth:`fit` does the same.
         learnable: train codebook and assignment parameters by gradient. Otherwise they are buffers. Under hard
             assignment a codebook learns only through the values of the residuals.
 
@@ -221,6 +246,7 @@ class ResidualEncoding(nn.Module):
         assignment: str = "hard",
         normalize: str | Sequence[str] = ("intra", "l2"),
         learnable: bool = False,
+        normalize_rows: bool = False,
     ) -> None:
         super().__init__()
         if assignment not in ("hard", "soft", "netvlad"):
@@ -233,6 +259,7 @@ class ResidualEncoding(nn.Module):
             )
         self.dim, self.codewords, self.assignment = dim, codewords, assignment
         self.normalize, self.learnable = normalization_steps(normalize), learnable
+        self.normalize_rows = normalize_rows
         self.codebook: Tensor
         self.log_scale: Tensor | None
         self.weight: Tensor | None
@@ -281,6 +308,8 @@ class ResidualEncoding(nn.Module):
         Raises:
             ValueError: fewer rows than codewords, another D, or NaN or Inf in a row.
         """
+        if self.normalize_rows:
+            rows = _UnitRows(rows)
         codebook, inertia = fit_codebook(rows, self.codewords, iterations=iterations, seed=seed)
         if codebook.shape[1] != self.dim:
             raise ValueError(f"ResidualEncoding.fit: rows have D={codebook.shape[1]}, not {self.dim}")
@@ -314,11 +343,23 @@ class ResidualEncoding(nn.Module):
             weight=self.weight,
             bias=self.bias,
             normalize=self.normalize,
+            normalize_rows=self.normalize_rows,
             return_counts=return_counts,
         )
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, codewords={self.codewords}, assignment={self.assignment!r}, "
-            f"normalize={self.normalize}, learnable={self.learnable}"
+            f"normalize={self.normalize}, learnable={self.learnable}, normalize_rows={self.normalize_rows}"
         )
+
+
+class _UnitRows:
+    """The rows of a tensor or bank with L2 norm one, a chunk at a time."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def iter_rows(self, chunk: int = CHUNK) -> Iterator[Tensor]:
+        for part in row_chunks(self.rows):
+            yield l2_normalize(part)

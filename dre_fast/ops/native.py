@@ -57,6 +57,11 @@ def available() -> bool:
     return not _load("ops")
 
 
+def provides(op: str) -> bool:
+    """True where the C++ library is there and has an op of this name."""
+    return available() and hasattr(torch.ops.dre_fast_native, op)
+
+
 def cuda_available() -> bool:
     """True where the CUDA ops were built and load; says nothing about a GPU being present."""
     return not _load("cuda")

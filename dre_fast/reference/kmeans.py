@@ -57,7 +57,7 @@ def lloyd_step(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     Source: Lloyd 1982; c_k + V_k / n_k, with V of the residual encoding.
     """
     one_bag = torch.tensor([0, len(rows)], device=rows.device)
-    residuals, counts, _ = hard_encode(rows, codebook, one_bag)
+    residuals, counts, *_ = hard_encode(rows, codebook, one_bag)
     return codebook + residuals[0] / counts[0].clamp(min=1)[:, None], counts[0]
 
 

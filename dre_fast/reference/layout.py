@@ -17,13 +17,12 @@ def as_ragged(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Any accepted layout -> (rows [N', D], cu_seqlens int64 [B+1]).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any accepted layout -> rows [R, D], cu_seqlens int64 [B+1], and int64 [M] which rows to read, or None.
 
-    Rows that ``mask`` or ``index`` skip are moved behind ``cu_seqlens[-1]``, where they belong to no bag: the
-    shapes then depend on no value, so the layout costs no device synchronisation and traces into one graph.
-    Plain [N, D], [N, D] + cu_seqlens and unmasked contiguous [B, N, D] are views; a mask or index copies the
-    rows once.
+    No row is copied (but for [B, N, D] that is not contiguous), and the shapes depend on no value, so a layout
+    costs no device synchronisation and traces into one graph. A mask becomes an index: row i is read as i, or
+    -1 where it is masked.
 
     Args:
         x: [N, D], or [B, N, D] for padded bags.
@@ -52,8 +51,8 @@ def as_ragged(
         )
     if index is None:
         if cu_seqlens is None:
-            return x, torch.arange(2, device=x.device) * x.shape[0]
-        return x, _offsets(cu_seqlens, x.device)
+            return x, torch.arange(2, device=x.device) * x.shape[0], None
+        return x, _offsets(cu_seqlens, x.device), None
     if index.dtype != torch.int64 or index.dim() not in (1, 2):
         raise ValueError(
             f"residual_encode: index must be int64 [M] or [B, M], got {index.dtype} {tuple(index.shape)}"
@@ -66,11 +65,7 @@ def as_ragged(
         cu = torch.arange(2, device=x.device) * index.shape[0]
     else:
         cu = _offsets(cu_seqlens, x.device)
-    flat = index.reshape(-1).to(x.device)
-    order, cu = _compact(flat >= 0, cu)
-    if x.shape[0] == 0:  # nothing to take from: as_ragged's caller has checked that every entry is -1
-        return x, cu
-    return x.index_select(0, flat.index_select(0, order).clamp(min=0)), cu
+    return x, cu, index.reshape(-1).to(x.device)
 
 
 def _offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
@@ -82,22 +77,19 @@ def _offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     return cu_seqlens.to(device=device, dtype=torch.int64)
 
 
-def _padded(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _padded(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     rows = x.reshape(-1, x.shape[2])
     cu = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     if mask is None:
-        return rows, cu
+        return rows, cu, None
     if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
         raise ValueError(
             f"residual_encode: mask must be bool {tuple(x.shape[:2])} (True = valid), "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    order, cu = _compact(mask.reshape(-1).to(x.device), cu)
-    return rows.index_select(0, order), cu
+    return rows, cu, kept_rows(mask.reshape(-1).to(x.device))
 
 
-def _compact(valid: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Row order that puts the valid rows first, bags in place, and the offsets of what is left."""
-    order = torch.argsort(~valid, stable=True)
-    before = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
-    return order, before[cu_seqlens]
+def kept_rows(valid: Tensor) -> Tensor:
+    """bool [N] -> index int64 [N]: every row in its place, -1 where it is not valid."""
+    return torch.where(valid, torch.arange(valid.shape[0], device=valid.device), -1)

@@ -33,7 +33,7 @@ def test_hard_ops(dtype: torch.dtype) -> None:
     x, codebook = torch.randn(20, 6).to(dtype), torch.randn(4, 6)
     torch.library.opcheck(OPS.hard_encode.default, (x, codebook, CU))
     torch.library.opcheck(OPS.hard_encode.default, (x[:0], codebook, CU[:1]))
-    residuals, _, codes = OPS.hard_encode(x, codebook, CU)
+    residuals, _, codes, _ = OPS.hard_encode(x, codebook, CU)
     torch.library.opcheck(OPS.hard_encode_backward.default, (residuals, codes, CU))
 
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from dre_fast import reference
 from dre_fast.reference import encode
+from dre_fast.reference import rows as row_sources
 
 
 def bags_of(cu: Tensor) -> list[tuple[int, int]]:
@@ -36,7 +37,7 @@ def one_hot(x: Tensor, codebook: Tensor) -> Tensor:
 def test_hard_encode_is_the_definition(rows: int, words: int) -> None:
     x, codebook = torch.randn(rows, 5).double(), torch.randn(words, 5).double()
     cu = torch.tensor([0, rows // 3, rows // 3, rows])
-    residuals, counts, codes = reference.hard_encode(x, codebook, cu)
+    residuals, counts, codes, _ = reference.hard_encode(x, codebook, cu)
     a = one_hot(x, codebook)
     torch.testing.assert_close(residuals, written_out(x, codebook, cu, a), rtol=0, atol=1e-10)
     assert codes.dtype == counts.dtype == torch.int64
@@ -50,8 +51,8 @@ def test_hard_encode_of_a_large_bag() -> None:
     x = reference.l2_normalize(torch.randn(65_537, 32))
     codebook = x[:64].clone()
     cu = torch.tensor([0, 65_537])
-    residuals, counts, codes = reference.hard_encode(x, codebook, cu)
-    exact, exact_counts, exact_codes = reference.hard_encode(x.double(), codebook.double(), cu)
+    residuals, counts, codes, _ = reference.hard_encode(x, codebook, cu)
+    exact, exact_counts, exact_codes, _ = reference.hard_encode(x.double(), codebook.double(), cu)
     assert torch.equal(codes, exact_codes)
     assert torch.equal(counts, exact_counts)
     assert counts.sum() == 65_537
@@ -66,8 +67,8 @@ def test_result_dtype_and_accuracy(dtype: torch.dtype) -> None:
     x = torch.randn(500, 24).to(dtype)
     codebook = torch.randn(9, 24)
     cu = torch.tensor([0, 500])
-    residuals, _, codes = reference.hard_encode(x, codebook, cu)
-    exact, _, exact_codes = reference.hard_encode(x.double(), codebook.double(), cu)
+    residuals, _, codes, _ = reference.hard_encode(x, codebook, cu)
+    exact, _, exact_codes, _ = reference.hard_encode(x.double(), codebook.double(), cu)
     assert residuals.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(codes, exact_codes)
     torch.testing.assert_close(residuals.double(), exact, rtol=1e-5, atol=1e-4)
@@ -109,8 +110,8 @@ def test_rows_of_no_bag_are_left_out() -> None:
     x, codebook = torch.randn(30, 4), torch.randn(3, 4)
     x[25] = torch.nan
     cu = torch.tensor([0, 10, 20])
-    residuals, counts, codes = reference.hard_encode(x, codebook, cu)
-    expected, expected_counts, _ = reference.hard_encode(x[:20], codebook, cu)
+    residuals, counts, codes, _ = reference.hard_encode(x, codebook, cu)
+    expected, expected_counts, _, _ = reference.hard_encode(x[:20], codebook, cu)
     assert torch.equal(residuals, expected)
     assert torch.equal(counts, expected_counts)
     assert torch.equal(codes[20:], torch.full((10,), -1))
@@ -156,7 +157,7 @@ def test_soft_encode_is_the_definition(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize("kind", ["scale", "weight+bias", "weight"])
 def test_soft_backward_is_what_autograd_finds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_CHUNK_SCORES", 7 * 16)  # several chunks a bag
+    monkeypatch.setattr(row_sources, "_CHUNK_SCORES", 7 * 16)  # several chunks a bag
     x = torch.randn(100, 5, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     p = {name: value.requires_grad_() for name, value in soft_parameters(kind, 7, 5).items()}
@@ -187,7 +188,7 @@ class _Largest(TorchFunctionMode):
 
 @pytest.mark.parametrize("assignment", ["hard", "soft"])
 def test_no_product_of_rows_and_codewords_is_kept(assignment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_CHUNK_SCORES", 128 * 64)
+    monkeypatch.setattr(row_sources, "_CHUNK_SCORES", 128 * 64)
     rows, words, dim = 4096, 64, 4
     x, codebook, cu = torch.randn(rows, dim), torch.randn(words, dim), torch.tensor([0, rows])
     with _Largest() as largest:
@@ -305,7 +306,7 @@ before = reference.hard_encode(x, codebook, cu)[2]
 assert encode_is_careful() is {careful}
 assert torch.equal(before, reference.hard_encode(x, codebook, cu)[2])
 """
-    helper = "from dre_fast.reference.encode import _reduced_products\n"
+    helper = "from dre_fast.reference.hard import _reduced_products\n"
     helper += "def encode_is_careful(): return _reduced_products(torch.zeros(1))\n"
     for setting, careful in (
         ("torch.set_float32_matmul_precision('medium')", True),
