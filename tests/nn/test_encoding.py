@@ -263,7 +263,7 @@ def test_double_backward_and_vmap_say_so(codebook: Tensor) -> None:
 
 
 def test_the_kernel_leaves_out_rows_of_no_bag(kernel_device: str) -> None:
-    """The mask and index layouts move what they skip behind the last offset: every backend must ignore it."""
+    """Rows past the last offset: every backend must ignore them."""
     kernels = pytest.importorskip("dre_fast.kernels", reason="needs triton")
     x, codebook = torch.randn(70, 16), torch.randn(8, 16)
     cu = torch.tensor([0, 20, 20, 41])
