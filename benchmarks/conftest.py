@@ -1,12 +1,15 @@
-"""GPU benchmarks skip without a GPU; after a run the ratios of dre_fast to its peers are printed."""
+"""GPU benchmarks skip without a GPU; after a run the tables of benchmarks/table.py are printed."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from benchmarks import memory, table
+
+Peak = Callable[..., int | None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,27 +21,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def peak_memory() -> Iterator[Peak]:
+    """peak(run, device, job, *arguments): bytes taken beyond the inputs, None where they cannot be watched.
+
+    On a GPU ``run`` is watched here, on a CPU the job ("module:function") in a process of its own.
+    """
+    watchable = not memory.why_not()
+    with memory.Watcher() as watcher:
+
+        def peak(run: Callable[[], object], device: str, job: str, *arguments: object) -> int | None:
+            if device == "cuda":
+                return memory.peak_on_gpu(run)
+            return watcher.peak(job, *arguments) if watchable else None
+
+        yield peak
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line a group: how many times faster dre_fast is than each peer (below 1: slower), medians of the rounds."""
+    """A table a group: time, ratio to dre_fast, rate, peak memory."""
     session = getattr(config, "_benchmarksession", None)
-    groups: dict[str, dict[str, tuple[float, dict[str, object]]]] = defaultdict(dict)
-    for entry in getattr(session, "benchmarks", []):
-        name = entry.extra_info.get("implementation")
-        if name and entry.stats.data:
-            groups[entry.group][name] = (median(entry.stats.data), entry.extra_info)
-    if not groups:
+    found = (
+        table.timing(entry.group, entry.stats.median, entry.extra_info)
+        for entry in getattr(session, "benchmarks", [])
+        if entry.stats.data  # a benchmark that failed has no round
+    )
+    timings = [one for one in found if one is not None]
+    if not timings:
         return
-    terminalreporter.section("speed-up of dre_fast (time of the peer / time of dre_fast)")
-    for group, timings in groups.items():
-        ours = next((name for name in ("dre_fast", "native_write") if name in timings), None)
-        if ours is None:
-            continue
-        seconds, info = timings[ours]
-        seconds /= int(str(info.get("calls", 1)))
-        line = f"{group}: {seconds * 1e3:.3f} ms"
-        if "bytes" in info:
-            line += f", {int(str(info['bytes'])) / seconds / 1e9:.1f} GB/s"
-        for name, (other, other_info) in timings.items():
-            if name != ours:
-                line += f", {other / int(str(other_info.get('calls', 1))) / seconds:.2f}x {name}"
-        terminalreporter.write_line(f"{line} ({info.get('backend', ours)})")
+    terminalreporter.section("dre_fast and its peers")
+    for line in [*table.tables(timings), "", table.KEY]:
+        terminalreporter.write_line(line)
+    if memory.why_not():
+        terminalreporter.write_line(f"No peak memory of CPU runs: {memory.why_not()}")

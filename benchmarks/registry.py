@@ -1,19 +1,23 @@
 """The shapes every benchmark and size test uses, by id. Floors and ratios of a figure refer to these.
 
-P1, P2: hard encode forward. P4: soft encode. P10: the CPU paths. Bytes are the least a row pass must move: each row
-read once, codes (int64), V and counts written once.
+P1, P2: hard encode forward. P3: encode from the bank. P4: soft encode, forward and backward. P10: the CPU paths.
+Bytes are the least a pass must move: each row read once, codes (int64), V and counts written once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 
 @dataclass(frozen=True)
 class Encode:
-    """N rows of D features in ``bags`` equal bags against K codewords."""
+    """N rows of D features in ``bags`` bags against K codewords.
+
+    ragged: bags of different sizes, the largest about eight times the smallest; else of equal ones.
+    """
 
     id: str
     rows: int
@@ -21,36 +25,93 @@ class Encode:
     codewords: int
     bags: int
     dtype: torch.dtype
+    ragged: bool = False
+
+    @property
+    def item(self) -> int:
+        """Bytes of one feature."""
+        return torch.empty(0, dtype=self.dtype).element_size()
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of rows, codebook (fp32) and offsets."""
+        return self.rows * self.dim * self.item + self.codewords * self.dim * 4 + (self.bags + 1) * 8
 
     @property
     def bytes(self) -> int:
         """Bytes a hard encode forward must move."""
-        item = torch.empty(0, dtype=self.dtype).element_size()
-        return self.rows * (self.dim * item + 8) + self.bags * self.codewords * (self.dim * 4 + 8)
+        return self.rows * (self.dim * self.item + 8) + self.bags * self.codewords * (self.dim * 4 + 8)
 
     @property
     def flops(self) -> int:
         """Assign and aggregate as matrix products, 2 N D K each."""
         return 4 * self.rows * self.dim * self.codewords
 
+    @property
+    def soft_bytes(self) -> int:
+        """Bytes soft forward and backward must move: rows read twice, their gradient written, V, dV and mass."""
+        return 3 * self.rows * self.dim * self.item + self.bags * self.codewords * (self.dim * 8 + 8)
+
+    @property
+    def soft_flops(self) -> int:
+        """Forward 4 N D K, backward 10 N D K with the assignment formed again."""
+        return 14 * self.rows * self.dim * self.codewords
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of the fp32 N x K x D residuals that dre_fast never forms and some of its peers do."""
+        return self.rows * self.codewords * self.dim * 4
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """``bags`` slides of ``tiles`` tiles in an int8 bank: m live rows and r retrieved ones of each are encoded."""
+
+    id: str
+    bags: int
+    tiles: int
+    live: int
+    retrieved: int
+    dim: int
+    codewords: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes the retrieved rows move: int8 row, scale, code, and V once."""
+        return self.bags * self.retrieved * (self.dim + 4 + 2) + self.bags * self.codewords * (
+            self.dim * 4 + 8
+        )
+
 
 GPU_ENCODE = (
     Encode("P1", 1_000_000, 384, 64, 1, torch.bfloat16),
-    Encode("P1-ragged", 1_000_000, 384, 64, 64, torch.bfloat16),
+    Encode("P1-ragged", 1_000_000, 384, 64, 64, torch.bfloat16, ragged=True),
     Encode("P1-fp32", 1_000_000, 384, 64, 1, torch.float32),
     Encode("P2", 400_000, 1024, 64, 1, torch.bfloat16),
 )
 GPU_SOFT = (Encode("P4", 131_072, 384, 64, 32, torch.bfloat16),)
+GPU_RETRIEVAL = (Retrieval("P3", 32, 8_192, 64, 4_096, 384, 64),)
 CPU_ENCODE = (
     Encode("P10-384", 200_000, 384, 64, 1, torch.float32),
     Encode("P10-1024", 60_000, 1024, 64, 1, torch.float32),
     Encode("P10-384-bf16", 200_000, 384, 64, 1, torch.bfloat16),
+    Encode("P10-ragged", 200_000, 384, 64, 64, torch.float32, ragged=True),
+    Encode("P10-K16", 200_000, 384, 16, 1, torch.float32),
+    Encode("P10-K256", 100_000, 384, 256, 1, torch.float32),
+    Encode("P10-2k", 2_000, 384, 64, 1, torch.float32),
 )
+CPU_SOFT = (
+    Encode("P4-cpu", 16_384, 384, 64, 8, torch.float32),
+    Encode("P4-cpu-2k", 2_048, 384, 64, 2, torch.float32),
+)
+CPU_RETRIEVAL = (Retrieval("P3-cpu", 32, 8_192, 64, 4_096, 384, 64),)
 # The same road at sizes that take a moment, for `benchmarks/gpu.sh --dry-run` and for tests of the scripts.
 SMALL_ENCODE = (
     Encode("P1-small", 2_000, 64, 16, 1, torch.bfloat16),
     Encode("P2-small", 1_000, 96, 16, 3, torch.bfloat16),
 )
+SMALL_SOFT = (Encode("P4-small", 512, 32, 8, 4, torch.float32),)
+SMALL_RETRIEVAL = (Retrieval("P3-small", 2, 40, 4, 8, 16, 4),)
 
 # Row counts every kernel is tested at: none, one, less and more than a tile, one short of a tile multiple, 2^16 + 1.
 ROW_COUNTS = (0, 1, 63, 1000, 1023)
@@ -60,7 +121,7 @@ SLOW_ROW_COUNTS = (65_537,)
 def make(
     shape: Encode, device: str = "cpu", seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [N, D] around random unit codewords, codebook fp32 [K, D], cu_seqlens int64 [B + 1] of equal bags."""
+    """Rows [N, D] around random unit codewords, codebook fp32 [K, D], cu_seqlens int64 [B + 1]."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -74,5 +135,10 @@ def make(
         nearest = torch.randint(shape.codewords, (size,), device=device, generator=generator)
         block = codebook[nearest] + normal(size, shape.dim) / shape.dim**0.5
         rows[start : start + size] = torch.nn.functional.normalize(block, dim=1).to(shape.dtype)
-    bounds = [shape.rows * i // shape.bags for i in range(shape.bags + 1)]
-    return rows, codebook, torch.tensor(bounds, device=device)
+    return rows, codebook, torch.tensor(offsets(shape), device=device)
+
+
+def offsets(shape: Encode) -> list[int]:
+    """Row offsets of the bags; those of a ragged shape follow one another without order."""
+    sizes = [1 + 7 * (5 * bag % shape.bags) / shape.bags if shape.ragged else 1 for bag in range(shape.bags)]
+    return [int(shape.rows * part / sum(sizes)) for part in accumulate(sizes, initial=0)]
