@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dre_fast.nn import bank_checks as checks
 from dre_fast.ops import bank as ops
-from dre_fast.reference.bank import assign_codes
+from dre_fast.ops.encode import assign_stored
 from dre_fast.reference.fixed_point import accumulate_
 from dre_fast.reference.quantize import has_scale, padded_dim, quantize, row_dtype
 
@@ -126,7 +126,8 @@ class BankTables(nn.Module):
         for slide, rows in self._row_chunks(_CHUNK):
             stored = ops.read(self.payload, self.scale, rows, self.dim)
             if recode:
-                self.code[rows] = assign_codes(stored, self.codebook)
+                scale = self.scale if has_scale(self.dtype) else None
+                self.code[rows] = assign_stored(self.payload, scale, rows, self.codebook)
             accumulate_(self.slide_sums, self.slide_counts, slide, self.code[rows], stored)
 
     # ------------------------------------------------------------------ slides come and go

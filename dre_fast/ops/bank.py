@@ -1,7 +1,8 @@
 """Registered operations of the memory bank, and the choice of what runs them.
 
-``bank_write`` runs in C++ on the CPU, and in CUDA where that part was built; without them, and for every
-other operation here, the reference runs. Storage layout and formulas: :mod:`dre_fast.reference.bank`.
+``bank_write`` runs in C++ on the CPU, and in CUDA where that part was built; ``bank_tiles`` in C++ on the CPU and in
+Triton on CUDA tensors; without them, and for every other operation here, the reference runs. Storage layout and
+formulas: :mod:`dre_fast.reference.bank`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _lib.define(
 
 
 def backend(name: str, device: torch.device | str = "cpu") -> str:
-    """What runs an operation on a device: "C++", "CUDA" or "reference".
+    """What runs an operation on a device: "C++", "CUDA", "Triton" or "reference".
 
     Args:
         name: one of :data:`NAMES`.
@@ -47,10 +48,12 @@ def backend(name: str, device: torch.device | str = "cpu") -> str:
     if name not in NAMES:
         raise ValueError(f"no bank operation is called {name!r}")
     kind = torch.device(device).type
-    if name == "bank_write" and kind == "cpu" and native.available():
+    if kind == "cpu" and native.provides(name):
         return "C++"
     if name == "bank_write" and kind == "cuda" and native.cuda_available():
         return "CUDA"
+    if name == "bank_tiles" and kind == "cuda" and native.triton_available():
+        return "Triton"
     return "reference"
 
 
@@ -94,7 +97,16 @@ def _rest_fake(
     return payload.new_empty(b, k, d, dtype=torch.float64), payload.new_empty(b, k, dtype=torch.int64)
 
 
-torch.library.impl(_lib, "bank_tiles", "CompositeExplicitAutograd")(sampling.tiles_at)
+@torch.library.impl(_lib, "bank_tiles", "CompositeExplicitAutograd")
+def _tiles_at(lengths: Tensor, slides: Tensor, *others: Any) -> Tensor:
+    chosen = backend("bank_tiles", slides.device)
+    if chosen == "C++":
+        return torch.ops.dre_fast_native.bank_tiles.default(lengths, slides, *others)
+    if chosen == "Triton":
+        from dre_fast import kernels  # Triton is imported, and needed, only for CUDA tensors
+
+        return kernels.bank_tiles(lengths, slides, *others)
+    return sampling.tiles_at(lengths, slides, *others)
 
 
 @torch.library.register_fake("dre_fast::bank_tiles", lib=_lib)

@@ -47,7 +47,7 @@ def backend(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     if name not in NAMES:
         raise ValueError(f"no encoding operation is called {name!r}")
     kind = torch.device(device).type
-    if kind == "cuda" and dtype != torch.float64:
+    if kind == "cuda" and dtype != torch.float64 and native.triton_available():
         return "Triton"
     if kind == "cpu" and dtype != torch.float64 and native.provides(name):
         return "C++"
@@ -418,3 +418,12 @@ def encode_stored(
         payload, codebook, cu_seqlens, index, row_scale, row_codes, False, False
     )
     return residuals, counts
+
+
+def assign_stored(payload: Tensor, row_scale: Tensor | None, index: Tensor, codebook: Tensor) -> Tensor:
+    """Nearest codeword int16 [M] of the stored rows ``index`` int64 [M] (-1 = skip, code -1) of a bank.
+
+    Arguments as in :func:`encode_stored`; K at most 32767.
+    """
+    one_bag = torch.arange(2, device=index.device) * index.shape[0]
+    return _hard_op(payload, codebook, one_bag, index, row_scale)[2].to(torch.int16)

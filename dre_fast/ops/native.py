@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -65,6 +66,12 @@ def provides(op: str) -> bool:
 def cuda_available() -> bool:
     """True where the CUDA ops were built and load; says nothing about a GPU being present."""
     return not _load("cuda")
+
+
+@functools.cache
+def triton_available() -> bool:
+    """True where Triton is installed (it is not on Windows and macOS); says nothing about a GPU being present."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def why_not(part: str = "ops") -> str:
