@@ -67,17 +67,18 @@ def one_hot_padded(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.bmm(a, rows).float() - a.sum(2, dtype=torch.float32)[:, :, None] * codebook
 
 
-def index_add(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """A^T X by adding each row where it belongs, in fp32."""
+def sums_by_index_add(x: Tensor, code: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """V from given codes: each row, as fp32, added where it belongs."""
     bags, (words, dim) = cu_seqlens.shape[0] - 1, codebook.shape
-    place = _place(nearest(x, codebook), cu_seqlens, words)
+    place = _place(code, cu_seqlens, words)
     sums = torch.zeros(bags * words, dim, device=x.device).index_add(0, place, x.float())
     ones = torch.ones_like(place, dtype=torch.float32)
     members = torch.zeros(bags * words, device=x.device).index_add(0, place, ones)
     return sums.view(bags, words, dim) - members.view(bags, words, 1) * codebook
 
 
-def _sorted_sums(x: Tensor, code: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
+def sums_by_embedding_bag(x: Tensor, code: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """V from given codes: places sorted, each run of rows summed by embedding_bag, which makes no copy of them."""
     bags, (words, dim) = cu_seqlens.shape[0] - 1, codebook.shape
     place, order = _place(code, cu_seqlens, words).to(torch.int32).sort()
     ends = torch.searchsorted(place, torch.arange(bags * words + 1, device=x.device, dtype=torch.int32))
@@ -85,16 +86,22 @@ def _sorted_sums(x: Tensor, code: Tensor, codebook: Tensor, cu_seqlens: Tensor) 
     return sums.view(bags, words, dim) - ends.diff().view(bags, words, 1) * codebook
 
 
+def index_add(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """A^T X by adding each row where it belongs."""
+    return sums_by_index_add(x, nearest(x, codebook), codebook, cu_seqlens)
+
+
 def embedding_bag(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """A^T X by sorting the rows' places and summing each run of rows, which embedding_bag does without a copy."""
-    return _sorted_sums(x, nearest(x, codebook), codebook, cu_seqlens)
+    """A^T X by summing the rows of each codeword."""
+    return sums_by_embedding_bag(x, nearest(x, codebook), codebook, cu_seqlens)
 
 
 def embedding_bag_blocked(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The same with the codes found block by block."""
-    return _sorted_sums(x, nearest_blocked(x, codebook), codebook, cu_seqlens)
+    return sums_by_embedding_bag(x, nearest_blocked(x, codebook), codebook, cu_seqlens)
 
 
+SUMS = {"index_add": sums_by_index_add, "embedding_bag": sums_by_embedding_bag}
 GEMM_FORMS: dict[str, Encoder] = {
     "one-hot": one_hot_product,
     "one-hot padded": one_hot_padded,
@@ -102,7 +109,6 @@ GEMM_FORMS: dict[str, Encoder] = {
     "embedding_bag": embedding_bag,
     "embedding_bag, codes in blocks": embedding_bag_blocked,
 }
-TRACED_FORMS = ("one-hot", "embedding_bag")  # compiling the others makes them slower or breaks their graph
 
 
 @cache
@@ -234,7 +240,7 @@ def quickest(
                 _wait(device)
                 taken.append(time.perf_counter() - start)
             times[name] = min(taken)
-        except torch.OutOfMemoryError as problem:
+        except torch.OutOfMemoryError as problem:  # padded bags may not fit
             failed[name] = str(problem).splitlines()[0]
     if not times:
         raise RuntimeError(f"no candidate ran: {failed}")
@@ -246,22 +252,30 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+KINDS = {
+    "gemm": tuple(GEMM_FORMS),
+    "gemm by matmul": ("one-hot", "one-hot padded"),
+    "gemm, compiled": (
+        "one-hot",
+        "embedding_bag",
+    ),  # compiling the others breaks their graph or makes them slower
+}
+
+
 def resolve(name: str) -> Encoder:
-    """A peer by name: one of OTHER_PEERS, "gemm: VARIANT" or "gemm, compiled: VARIANT".
+    """A peer by name: one of OTHER_PEERS, or "KIND: FORM" of KINDS and GEMM_FORMS.
 
     Raises KeyError for a name that is none of them.
     """
-    kind, _, variant = name.partition(": ")
-    if kind == "gemm":
-        return GEMM_FORMS[variant]
-    if kind == "gemm, compiled":
-        return compiled(variant)
+    kind, _, form = name.partition(": ")
+    if kind in KINDS:
+        return compiled(form) if kind == "gemm, compiled" else GEMM_FORMS[form]
     return OTHER_PEERS[name]
 
 
 def candidates(kind: str, bags: int, device: str) -> list[str]:
-    """The full names among which "gemm" or "gemm, compiled" picks the quickest."""
-    names = TRACED_FORMS if kind == "gemm, compiled" else tuple(GEMM_FORMS)
+    """The full names of the forms among which the quickest stands for a kind."""
+    names = KINDS[kind]
     if bags == 1:
         names = tuple(name for name in names if name != "one-hot padded")
     elif kind == "gemm, compiled":

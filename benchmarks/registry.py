@@ -27,6 +27,11 @@ class Encode:
     dtype: torch.dtype
     ragged: bool = False
 
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        bags = f"{self.bags} {'ragged ' if self.ragged else ''}bag{'s' if self.bags > 1 else ''}"
+        return f"N={self.rows:,} D={self.dim} K={self.codewords}, {bags}, {kind}"
+
     @property
     def item(self) -> int:
         """Bytes of one feature."""
@@ -38,9 +43,14 @@ class Encode:
         return self.rows * self.dim * self.item + self.codewords * self.dim * 4 + (self.bags + 1) * 8
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes of V (fp32), counts and codes (int64)."""
+        return self.rows * 8 + self.bags * self.codewords * (self.dim * 4 + 8)
+
+    @property
     def bytes(self) -> int:
         """Bytes a hard encode forward must move."""
-        return self.rows * (self.dim * self.item + 8) + self.bags * self.codewords * (self.dim * 4 + 8)
+        return self.rows * self.dim * self.item + self.output_bytes
 
     @property
     def flops(self) -> int:
@@ -75,6 +85,10 @@ class Retrieval:
     dim: int
     codewords: int
 
+    def __str__(self) -> str:
+        rows = f"n_s={self.tiles:,} m={self.live} r={self.retrieved:,}"
+        return f"B={self.bags} {rows} D={self.dim} K={self.codewords}, int8"
+
     @property
     def bytes(self) -> int:
         """Bytes the retrieved rows move: int8 row, scale, code, and V once."""
@@ -102,7 +116,7 @@ CPU_ENCODE = (
 )
 CPU_SOFT = (
     Encode("P4-cpu", 16_384, 384, 64, 8, torch.float32),
-    Encode("P4-cpu-2k", 2_048, 384, 64, 2, torch.float32),
+    Encode("P4-cpu-1k", 1_024, 384, 64, 2, torch.float32),
 )
 CPU_RETRIEVAL = (Retrieval("P3-cpu", 32, 8_192, 64, 4_096, 384, 64),)
 # The same road at sizes that take a moment, for `benchmarks/gpu.sh --dry-run` and for tests of the scripts.

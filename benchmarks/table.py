@@ -29,6 +29,7 @@ from typing import Any
 
 # The compiled bank write, from before benchmarks said "ours".
 _OURS = ("dre_fast", "native_write")
+HEAD = ("implementation", "ms", "x time", "GB/s", "peak MB", "x in + out", "difference")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def read(result: dict[str, Any]) -> list[Timing]:
 
 
 def tables(timings: Iterable[Timing]) -> list[str]:
-    """A Markdown table a group, in the order of the timings, as lines."""
+    """A Markdown table a group, in the order of the timings, as lines; columns with nothing in them left out."""
     groups: dict[str, list[Timing]] = defaultdict(list)
     for one in timings:
         groups[one.group].append(one)
@@ -73,10 +74,10 @@ def tables(timings: Iterable[Timing]) -> list[str]:
     for group, members in groups.items():
         ours = next((one for one in members if one.ours), None)
         lines += ["", f"**{group}**", ""]
-        lines += grid(
-            ["implementation", "ms", "x time", "GB/s", "peak MB", "x in + out", "difference"],
-            [_row(one, ours) for one in members],
-        )
+        rows = [list(HEAD), *(_row(one, ours) for one in members)]
+        told = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
+        head, *cells = (list(row) for row in zip(*told, strict=True))
+        lines += grid(head, cells)
     return lines
 
 

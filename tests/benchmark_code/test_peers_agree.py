@@ -33,7 +33,7 @@ def test_hard_peers_agree_with_the_reference(shape: Encode, name: str) -> None:
     within_error_rule(got, plain, exact, atol=1e-4, name=name)
 
 
-@pytest.mark.parametrize("kind", ["gemm", "gemm, compiled"])
+@pytest.mark.parametrize("kind", list(peers.KINDS))
 @pytest.mark.parametrize("bags", [1, 6])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_candidate_has_a_function(kind: str, bags: int, device: str) -> None:
