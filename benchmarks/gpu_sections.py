@@ -1,33 +1,47 @@
 """The measurements of benchmarks/gpu.sh, one function a section; each returns rows for the report.
 
-A row is a dict: id, what, implementation, ms, and where they apply bytes, flops, floor_ms, peers (ms by name), peak_mb,
-note. The same functions run with ``dry=True`` at small sizes on any machine: on a CPU the Triton kernel is interpreted,
-and such rows are marked, because their times mean nothing.
+A row is a dict: id, what, implementation, ms, and where they apply bytes, flops, floor_ms, peers (ms by name), peak_mb
+(beyond the inputs), memory (inputs and peak over inputs and outputs), peers_mb, note; or id and error where a measurement
+failed, which stops no other. What is timed are the registered operations, as users get them. The same functions run with
+``dry=True`` at small sizes on any machine; such times mean nothing.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.registry import GPU_ENCODE, GPU_SOFT, SMALL_ENCODE, Encode, make
+from benchmarks import peers, peers_soft, retrieval, test_encode, test_soft
+from benchmarks.memory import peak_on_gpu
+from benchmarks.registry import (
+    GPU_ENCODE,
+    GPU_RETRIEVAL,
+    GPU_SOFT,
+    SMALL_ENCODE,
+    SMALL_RETRIEVAL,
+    SMALL_SOFT,
+    Encode,
+    Retrieval,
+    make,
+)
+from dre_fast.ops import encode as ops
 
 Row = dict[str, Any]
 
 
-def time_ms(run: Callable[[], object], device: str) -> float:
-    """Median milliseconds of one call: by CUDA events with a cold L2 cache, or by the clock on a CPU."""
+def time_ms(run: Callable[[], object], device: str, rep: int = 100) -> float:
+    """Median milliseconds of one call: by CUDA events with a cold L2 cache over ``rep`` ms, by the clock on a CPU."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(run, warmup=50, rep=250, return_mode="median"))
+        return float(do_bench(run, warmup=25, rep=rep, return_mode="median"))
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -37,15 +51,8 @@ def time_ms(run: Callable[[], object], device: str) -> float:
 
 
 def peak_mb(run: Callable[[], object], device: str) -> float | None:
-    """Megabytes a call allocates beyond what was there."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    """Megabytes a call allocates beyond what was there; None on a CPU."""
+    return peak_on_gpu(run) / 1e6 if device == "cuda" else None
 
 
 def device_of(dry: bool) -> str:
@@ -55,6 +62,24 @@ def device_of(dry: bool) -> str:
     if not dry:
         raise RuntimeError("torch sees no CUDA device; `--dry-run` goes through the motions without one")
     return "cpu"
+
+
+def collect(measurements: Iterable[tuple[str, Callable[[], list[Row]]]]) -> list[Row]:
+    """The rows of all measurements; one that fails leaves a row with its error, and its traceback in the log."""
+    rows: list[Row] = []
+    for name, measure in measurements:
+        try:
+            rows += measure()
+        except Exception as problem:
+            traceback.print_exc()
+            rows.append({"id": name, "error": f"{type(problem).__name__}: {_first_line(problem)}"})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0]
 
 
 def ceilings(dry: bool) -> list[Row]:
@@ -85,238 +110,252 @@ def ceilings(dry: bool) -> list[Row]:
     ]
 
 
-def _rates(found: list[Row]) -> tuple[float, float]:
+def rates(found: list[Row]) -> tuple[float, float]:
     """Bytes and FLOP per millisecond of the ceilings section."""
     by_id = {row["id"]: row for row in found}
     return by_id["copy"]["bytes"] / by_id["copy"]["ms"], by_id["gemm"]["flops"] / by_id["gemm"]["ms"]
 
 
-def encode(dry: bool, found: list[Row]) -> list[Row]:
-    """P1, P2 and neighbours: the Triton hard encode against its peers."""
-    from dre_fast.kernels import hard_encode
-
-    device = device_of(dry)
-    bandwidth, _ = _rates(found)
-    rows = []
-    for shape in SMALL_ENCODE if dry else GPU_ENCODE:
-        x, codebook, bounds = make(shape, device)
-        run = partial(hard_encode, x, codebook, bounds)
-        timings: dict[str, float | None] = {}
-        for name, peer in peers.HARD_PEERS.items():
-            if name == "gemm-compiled" and (shape.bags > 1 or dry):
-                continue
-            timings[name] = time_ms(partial(peer, x, codebook, bounds), device)
-        rows.append(
-            {
-                "id": shape.id,
-                "what": describe(shape),
-                "implementation": "triton" if device == "cuda" else "triton, interpreted",
-                "ms": time_ms(run, device),
-                "bytes": shape.bytes,
-                "flops": shape.flops,
-                "floor_ms": shape.bytes / bandwidth,
-                "peers": timings,
-                "peak_mb": peak_mb(run, device),
-            }
-        )
-    return rows
-
-
-def describe(shape: Encode) -> str:
-    """Sizes of a shape in one phrase."""
-    kind = str(shape.dtype).removeprefix("torch.")
-    return f"N={shape.rows} D={shape.dim} K={shape.codewords} B={shape.bags} {kind}"
-
-
-def soft(dry: bool) -> list[Row]:
-    """P4: soft encode forward and backward against the GEMM form, eager and compiled."""
-    from dre_fast import residual_encode
-
-    device = device_of(dry)
-    rows = []
-    for shape in (Encode("P4-small", 512, 32, 8, 4, torch.float32),) if dry else GPU_SOFT:
-        x, codebook, bounds = make(shape, device)
-        leaf = x.clone().requires_grad_()
-        words = codebook.clone().requires_grad_()
-        scale = torch.full((shape.codewords,), 5.0, device=device, requires_grad=True)
-
-        def both(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...] = (leaf, words, scale)) -> object:
-            return torch.autograd.grad(forward().square().sum(), leaves)
-
-        ours = partial(residual_encode, leaf, words, cu_seqlens=bounds, assignment="soft", scale=scale)
-        eager = partial(peers.soft_gemm_form, leaf, words, scale, bounds)
-        timings = {"gemm": time_ms(partial(both, eager), device)}
-        if not dry:
-            compiled = torch.compile(peers.soft_gemm_form, dynamic=False)
-            timings["gemm-compiled"] = time_ms(
-                partial(both, partial(compiled, leaf, words, scale, bounds)), device
-            )
-        rows.append(
-            {
-                "id": shape.id,
-                "what": f"soft forward + backward, {describe(shape)}",
-                "implementation": "reference",
-                "ms": time_ms(partial(both, ours), device),
-                "peers": timings,
-                "peak_mb": peak_mb(partial(both, ours), device),
-            }
-        )
-    return rows
-
-
-def bank(dry: bool, found: list[Row]) -> list[Row]:
-    """P6, P7, P5 and P3: writing, reading and encoding from the memory bank."""
-    device = device_of(dry)
-    return [
-        _write(dry, device),
-        _gather(dry, device, _rates(found)[0]),
-        *_steps(dry, device),
-        _retrieval(dry, device),
-    ]
-
-
-def _write(dry: bool, device: str) -> Row:
-    from benchmarks.test_bank_write import BankShape, make_bank, torch_chain
-    from dre_fast.ops import bank as ops
-
-    shape = BankShape(64, 32, 8, 4, 50, "small") if dry else BankShape(2048, 384, 64, 32, 1000, "P6")
-    tables, batch = make_bank(shape, torch.int8, device)
-
-    def ours() -> None:
-        ops.write(*tables.values(), *batch, 1)
-
-    ours()  # every row is written before, as the chain supposes
-    chain = time_ms(lambda: torch_chain(tables, *batch, 1), device)
-    return {
-        "id": "P6",
-        "what": f"bank write of {shape.rows} rows x {shape.dim}, int8",
-        "implementation": ops.backend("bank_write", device),
-        "ms": time_ms(ours, device),
-        "peers": {"torch chain": chain},
-    }
-
-
-def _filled(slides: int, tiles: int, dim: int, words: int, dtype: str, device: str) -> Any:
-    from dre_fast import MemoryBank
-
-    codebook = torch.nn.functional.normalize(torch.randn(words, dim), dim=1)
-    made = MemoryBank([tiles] * slides, dim, codebook=codebook, dtype=dtype, device=device)
-    for slide in range(slides):
-        for start in range(0, tiles, 65536):
-            ids = torch.arange(start, min(start + 65536, tiles), device=device)
-            made.write(torch.full_like(ids, slide), ids, torch.randn(len(ids), dim, device=device), step=0)
-    return made
-
-
-def _gather(dry: bool, device: str, bandwidth: float) -> Row:
-    from dre_fast.ops import bank as ops
-
-    rows, dim, total = (256, 32, 1000) if dry else (131_072, 384, 1_000_000)
-    made = _filled(4, total // 4, dim, 8, "bfloat16", device)
-    ids = torch.randint(total, (rows,), device=device)
-    moved = rows * dim * 2 + rows * dim * 4 + rows * 8  # bf16 in, fp32 out, ids
-    return {
-        "id": "P7",
-        "what": f"bank gather of {rows} rows x {dim} bf16, as fp32",
-        "implementation": ops.backend("bank_read", device),
-        "ms": time_ms(lambda: ops.read(made.payload, made.scale, ids, dim), device),
-        "bytes": moved,
-        "floor_ms": moved / bandwidth,
-        "peers": {"index_select + float": time_ms(lambda: made.payload.index_select(0, ids).float(), device)},
-    }
-
-
-def _steps(dry: bool, device: str) -> list[Row]:
-    """P5: sample + encode with every stored row + write, at growing slide sizes; flat is right."""
-    slides, m, dim, words = (2, 4, 16, 4) if dry else (32, 64, 384, 64)
-    rows: list[Row] = []
-    for tiles in (16, 64) if dry else (1_000, 8_000, 64_000):
-        made = _filled(slides, tiles, dim, words, "int8", device)
-        ids = torch.arange(slides, device=device)
-        live = torch.nn.functional.normalize(torch.randn(slides, m, dim, device=device), dim=2)
-        flat = ids[:, None].expand(slides, m).reshape(-1)
-
-        def step(made: Any = made, ids: Tensor = ids, live: Tensor = live, flat: Tensor = flat) -> None:
-            chosen = made.sample(ids, m, 1, 0)
-            made.encode(ids, chosen, live, memory="full")
-            made.write(flat, chosen.reshape(-1), live.reshape(-1, dim), step=1)
-
-        rows.append(
-            {
-                "id": "P5",
-                "what": f"memory='full' step, B={slides} m={m} n_s={tiles}",
-                "implementation": "MemoryBank",
-                "ms": time_ms(step, device),
-            }
-        )
-    rows[-1]["note"] = f"largest / smallest slide: {rows[-1]['ms'] / rows[0]['ms']:.3f}"
-    return rows
-
-
-def _retrieval(dry: bool, device: str) -> Row:
-    """P3: encode B slides from the bank by (seed, slide), against the torch chain that gathers first."""
-    slides, tiles, r, dim, words = (2, 40, 8, 16, 4) if dry else (32, 8_192, 4_096, 384, 64)
-    made = _filled(slides, tiles, dim, words, "int8", device)
-    ids = torch.arange(slides, device=device)
-    chosen = made.sample(ids, 1, 0, 0)
-    live = torch.nn.functional.normalize(torch.randn(slides, 1, dim, device=device), dim=2)
-    random = (torch.rand(slides, r, device=device) * tiles).long() + ids[:, None] * tiles
-    bounds = torch.arange(slides + 1, device=device) * (r + 1)
-
-    def chain() -> None:
-        flat = random.reshape(-1)
-        rows = made.payload.index_select(0, flat)[:, :dim].float() * made.scale.index_select(0, flat)[:, None]
-        rows = torch.nn.functional.normalize(rows, dim=1).view(slides, r, dim)
-        peers.gemm_form(torch.cat([live, rows], 1).reshape(-1, dim), made.codebook, bounds)
-
-    return {
-        "id": "P3",
-        "what": f"encode B={slides} slides, r={r} rows each from the int8 bank",
-        "implementation": "MemoryBank",
-        "ms": time_ms(lambda: made.encode(ids, chosen, live, memory=r, cycle=0, seed=0), device),
-        "peers": {"torch chain": time_ms(chain, device)},
-    }
-
-
-def codebook(dry: bool) -> list[Row]:
-    """P12: one k-means pass over 1 M rows, from the difference of two numbers of iterations."""
-    from dre_fast import fit_codebook
-
-    device = device_of(dry)
-    count, dim, words = (2_000, 16, 4) if dry else (1_000_000, 384, 64)
-    x = make(Encode("rows", count, dim, words, 1, torch.float32), device)[0]
-
-    def seconds(iterations: int) -> float:
-        start = time.perf_counter()
-        fit_codebook(
-            x, words, iterations=iterations, tolerance=-1.0
-        )  # a negative tolerance never stops early
+def _compare(ways: dict[str, Callable[[], object]], device: str) -> Row:
+    """Times and peaks of peers by name; one that runs out of memory or does not compile says so instead."""
+    times: dict[str, float] = {}
+    peaks: dict[str, float | None] = {}
+    failed: list[str] = []
+    for name, run in ways.items():
+        try:
+            times[name], peaks[name] = time_ms(run, device), peak_mb(run, device)
+        except Exception as problem:
+            traceback.print_exc()
+            failed.append(f"{name} failed: {type(problem).__name__}")
         if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+            torch.cuda.empty_cache()
+    return {"peers": times, "peers_mb": peaks, **({"note": "; ".join(failed)} if failed else {})}
 
-    seconds(1)
-    few, many = seconds(1), seconds(5)
+
+# ---------------------------------------------------------------------------------------------- P1, P2
+
+
+def encode(dry: bool, found: list[Row]) -> list[Row]:
+    """P1, P2 and neighbours: hard_encode against its peers."""
+    return collect(
+        (shape.id, partial(_encode, shape, dry, rates(found)[0]))
+        for shape in (SMALL_ENCODE if dry else GPU_ENCODE)
+    )
+
+
+def _encode(shape: Encode, dry: bool, bandwidth: float) -> list[Row]:
+    device = device_of(dry)
+    made = make(shape, device)
+    run = partial(test_encode.ours, *made)
+    kinds = (
+        ["gemm"] if dry else ["gemm", "gemm, compiled"]
+    )  # every form of both: the best is seen in the report
+    names = [name for kind in kinds for name in peers.candidates(kind, shape.bags, device)]
+    names += [name for name in peers.OTHER_PEERS if peers.fits(name, shape.residual_bytes, device)]
+    peak = peak_mb(run, device)
     return [
         {
-            "id": "P12",
-            "what": f"k-means, one Lloyd pass, N={count} D={dim} K={words} fp32",
-            "implementation": "fit_codebook",
-            "ms": (many - few) / 4 * 1e3,
+            "id": shape.id,
+            "what": f"hard encode, {shape}",
+            "implementation": ops.backend("hard_encode", device, shape.dtype),
+            "ms": time_ms(run, device, rep=250),
+            "bytes": shape.bytes,
+            "flops": shape.flops,
+            "floor_ms": shape.bytes / bandwidth,
+            "peak_mb": peak,
+            "memory": _memory(peak, shape.input_bytes, shape.output_bytes),
+            **_compare({name: partial(peers.resolve(name), *made) for name in names}, device),
         }
     ]
 
 
-def sanitize_case() -> None:
-    """A small run of every compiled kernel, for compute-sanitizer to watch."""
-    from dre_fast.kernels import hard_encode
+def _memory(peak: float | None, inputs: int, outputs: int) -> float | None:
+    return None if peak is None else (inputs + peak * 1e6) / (inputs + outputs)
 
-    device = device_of(dry=True)
-    for dtype in (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float16,):
-        for dim, words in ((64, 16), (33, 7), (520, 9)):
-            shape = Encode("case", 700, dim, words, 1, dtype)
-            x, codewords, _ = make(shape, device)
-            hard_encode(x, codewords, torch.tensor([0, 300, 300, 690], device=device))
-    _filled(3, 100, 32, 8, "int8", device).rebuild()
+
+# -------------------------------------------------------------------------------------------------- P4
+
+
+def soft(dry: bool, found: list[Row]) -> list[Row]:
+    """P4: soft encode forward and backward, both assignments, against its peers."""
+    return collect(
+        (f"{shape.id} {assignment}", partial(_soft, shape, assignment, dry, found))
+        for shape in (SMALL_SOFT if dry else GPU_SOFT)
+        for assignment in test_soft.ASSIGNMENTS
+    )
+
+
+def _soft(shape: Encode, assignment: str, dry: bool, found: list[Row]) -> list[Row]:
+    device = device_of(dry)
+    bandwidth, compute = rates(found)
+    given = test_soft.inputs(shape, device, assignment)
+    run = partial(test_soft.step, given, "dre_fast")
+    names = [
+        name
+        for name in peers_soft.SOFT_PEERS
+        if peers_soft.covers(name, assignment, shape.residual_bytes, device)
+        and not (dry and "compiled" in name)
+    ]
+    peak, right = peak_mb(run, device), run()
+    sizes = [
+        sum(t.numel() * t.element_size() for t in tensors) for tensors in ((*given.leaves, given.grad), right)
+    ]
+    return [
+        {
+            "id": shape.id,
+            "what": f"soft encode forward + backward, {assignment}, {shape}",
+            "implementation": ops.backend("soft_encode_backward", device, shape.dtype),
+            "ms": time_ms(run, device, rep=250),
+            "bytes": shape.soft_bytes,
+            "flops": shape.soft_flops,
+            "floor_ms": max(shape.soft_bytes / bandwidth, shape.soft_flops / compute),
+            "peak_mb": peak,
+            "memory": _memory(peak, sizes[0], sizes[1]),
+            **_compare({name: partial(test_soft.step, given, name) for name in names}, device),
+        },
+        {
+            "id": shape.id,
+            "what": f"soft encode forward alone, {assignment}",
+            "implementation": ops.backend("soft_encode", device, shape.dtype),
+            "ms": time_ms(partial(_forward, given), device),
+        },
+    ]
+
+
+@torch.no_grad()
+def _forward(given: test_soft.Inputs) -> Tensor:
+    by = given.by
+    return ops.soft_encode(given.x, given.codebook, given.cu_seqlens, by.scale, by.weight, by.bias)[0]
+
+
+# -------------------------------------------------------------------------------------------------- P3
+
+
+def retrieve(dry: bool, found: list[Row]) -> list[Row]:
+    """P3: encode from the int8 bank by (seed, slide), against chains that gather first."""
+    rows = []
+    for shape in SMALL_RETRIEVAL if dry else GPU_RETRIEVAL:
+        given = retrieval.fill(shape, device_of(dry))
+        rows += collect(
+            [
+                *(
+                    (f"{shape.id} {what}", partial(_retrieve, given, shape, what, dry, rates(found)[0]))
+                    for what in retrieval.TABLES
+                ),
+                (f"{shape.id} op given rows", partial(_op_alone, given, shape, dry, rates(found)[0])),
+            ]
+        )
+    return rows
+
+
+def _retrieve(given: retrieval.Stored, shape: Retrieval, what: str, dry: bool, bandwidth: float) -> list[Row]:
+    device, ways = device_of(dry), retrieval.TABLES[what]
+    ours = [name for name, (_, forms) in ways.items() if not forms]
+    chains = {
+        f"{name}: {form}": retrieval.bound(what, name, form, given)
+        for name, (_, forms) in ways.items()
+        for form in forms
+        if "blocks" not in form
+    }
+    against = _compare(chains, device)
+    rows = []
+    for name in ours:
+        run = retrieval.bound(what, name, "", given)
+        rows.append(
+            {
+                "id": shape.id,
+                "what": f"{what}, {shape}",
+                "implementation": name,
+                "ms": time_ms(run, device, rep=250),
+                "bytes": shape.bytes,
+                "floor_ms": shape.bytes / bandwidth,
+                "peak_mb": peak_mb(run, device),
+                **against,
+            }
+        )
+    return rows
+
+
+def _op_alone(given: retrieval.Stored, shape: Retrieval, dry: bool, bandwidth: float) -> list[Row]:
+    """hard_encode on given row numbers, and permutation with hard_encode as one CUDA graph: no launches between."""
+    device = device_of(dry)
+    common = {"id": shape.id, "bytes": shape.bytes, "floor_ms": shape.bytes / bandwidth}
+    run = partial(retrieval.op, given, rows=given.rows)
+    rows = [
+        {
+            **common,
+            "what": "retrieved rows, row numbers given",
+            "implementation": "op, stored codes",
+            "ms": time_ms(run, device, rep=250),
+        }
+    ]
+    if device == "cuda":
+        graph = captured(partial(retrieval.op, given))
+        rows.append(
+            {
+                **common,
+                "what": "retrieved rows, as a CUDA graph",
+                "implementation": "op, stored codes",
+                "ms": time_ms(graph.replay, device, rep=250),
+            }
+        )
+    return rows
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call, which is made once before so that nothing compiles in the capture."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+# ------------------------------------------------------------------------------------------------- P12
+
+
+def codebook(dry: bool) -> list[Row]:
+    """P12: one k-means pass over 1 M rows, from the difference of two numbers of iterations, against one hard_encode."""
+    return collect(
+        (f"P12 {dtype}", partial(_codebook, dtype, dry)) for dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _codebook(dtype: torch.dtype, dry: bool) -> list[Row]:
+    from dre_fast import fit_codebook
+
+    device = device_of(dry)
+    count, dim, words = (20_000, 64, 8) if dry else (1_000_000, 384, 64)
+    shape = Encode("P12", count, dim, words, 1, dtype)
+    x, start, bounds = make(shape, device)
+    start = start + 0.1 * torch.randn_like(start)  # from the very centres of the rows it would stop at once
+
+    def seconds(iterations: int) -> float:
+        _synchronize(device)
+        begun = time.perf_counter()
+        fit_codebook(x, words, iterations=iterations, warm_start=start, tolerance=0.0)
+        _synchronize(device)
+        return time.perf_counter() - begun
+
+    seconds(1)
+    few = min(seconds(1) for _ in range(3))
+    many = min(seconds(9) for _ in range(3))
+    return [
+        {
+            "id": "P12",
+            "what": f"k-means, one Lloyd pass of {str(dtype).removeprefix('torch.')} rows, {shape}",
+            "implementation": "fit_codebook",
+            "ms": (many - few) / 8 * 1e3,
+            "bytes": shape.bytes,
+            "flops": shape.flops,
+            "peers": {"one hard_encode": time_ms(lambda: test_encode.ours(x, start, bounds), device)},
+        }
+    ]
+
+
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

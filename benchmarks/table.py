@@ -96,19 +96,22 @@ def _row(one: Timing, ours: Timing | None) -> list[str]:
     return [one.name, f"{one.seconds * 1e3:.3f}", ratio, rate, peak, multiple, difference]
 
 
-def grid(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, its columns padded; the first to the left, the others to the right."""
+def grid(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table, its columns padded; the first ``left`` ones to the left, the others to the right."""
     width = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
         padded = [
-            cell.ljust(size) if column == 0 else cell.rjust(size)
+            cell.ljust(size) if column < left else cell.rjust(size)
             for column, (cell, size) in enumerate(zip(cells, width, strict=True))
         ]
         return f"| {' | '.join(padded)} |"
 
-    rule = "|".join([":" + "-" * (width[0] + 1), *("-" * (size + 1) + ":" for size in width[1:])])
-    return [line(head), f"|{rule}|", *(line(row) for row in rows)]
+    rule = [
+        ":" + "-" * (size + 1) if column < left else "-" * (size + 1) + ":"
+        for column, size in enumerate(width)
+    ]
+    return [line(head), f"|{'|'.join(rule)}|", *(line(row) for row in rows)]
 
 
 KEY = (
