@@ -1,13 +1,13 @@
 """Which tile sizes the encode kernels use: a frozen table per GPU architecture, nothing is tuned at run time.
 
-One *plan* per (architecture, dtype, K, D). ``single`` plans read the rows from memory once; where the
+One *plan* per (architecture, kind of rows, K, D). ``single`` plans read the rows from memory once; where the
 accumulators (codewords x dim) do not fit one program's registers, or the codebook its shared memory, the plan is
 ``split``: one pass finds the codes, a second one adds the rows up, tile by tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -15,10 +15,14 @@ import torch
 MAX_CODEWORDS = 1024
 MAX_DIM = 2048
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Stored rows with a scale each; the kernels see e4m3 as the bytes it is.
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 # fp32 accumulators one program of 8 warps holds beside its addresses without spilling (96 of 255 registers each).
 _ACCUMULATORS = 24_576
 _ACCUMULATORS_UNALIGNED = 8_192
+# Rows with weights pass through registers to become operands, and their sums are two products.
+_ACCUMULATORS_WEIGHTED = 16_384
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one (architecture, dtype, K, D) is encoded. Exactly one of ``single`` and (``assign``, ``aggregate``) is set.
+    """How one (architecture, kind of rows, K, D) is encoded.
+
+    Set are ``single`` alone, or ``assign`` and ``aggregate``, or ``aggregate`` alone where the codes are known.
 
     parts: 16-bit pieces each fp32 codeword is split into (1: fp32 rows, codewords are used as they are).
     dim, codewords: D and K rounded up to whole tiles; the prepared codebook has this shape.
@@ -73,9 +79,8 @@ class Plan:
         """How many times the rows are requested; repeats within one pass are expected to hit the L2 cache."""
         if self.single is not None:
             return 1
-        assert self.assign is not None
-        assert self.aggregate is not None
-        return self.codewords // self.assign.codewords + self.codewords // self.aggregate.codewords
+        both = (launch for launch in (self.assign, self.aggregate) if launch is not None)
+        return sum(self.codewords // launch.codewords for launch in both)
 
 
 def arch_of(capability: tuple[int, int]) -> Arch:
@@ -104,13 +109,14 @@ def _dim_tiles(dim: int) -> tuple[int, int]:
 
 def covers(dtype: torch.dtype, codewords: int, dim: int) -> bool:
     """Whether the kernels take rows of this dtype and this K and D."""
-    return dtype in DTYPES and 1 <= codewords <= MAX_CODEWORDS and 1 <= dim <= MAX_DIM
+    return dtype in DTYPES + SCALED_DTYPES and 1 <= codewords <= MAX_CODEWORDS and 1 <= dim <= MAX_DIM
 
 
 def check(dtype: torch.dtype, codewords: int, dim: int) -> None:
     """Raise ValueError for a dtype, K or D outside what the kernels cover."""
-    if dtype not in DTYPES:
-        raise ValueError(f"rows must be float32, float16 or bfloat16 for the Triton kernels, not {dtype}")
+    if dtype not in DTYPES + SCALED_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES + SCALED_DTYPES)
+        raise ValueError(f"rows must be one of {names} for the Triton kernels, not {dtype}")
     if not 1 <= codewords <= MAX_CODEWORDS:
         raise ValueError(f"the Triton kernels take 1 to {MAX_CODEWORDS} codewords, not {codewords}")
     if not 1 <= dim <= MAX_DIM:
@@ -118,36 +124,60 @@ def check(dtype: torch.dtype, codewords: int, dim: int) -> None:
 
 
 @cache
-def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int, aligned: bool) -> Plan:
+def plan(
+    arch: Arch,
+    dtype: torch.dtype,
+    codewords: int,
+    dim: int,
+    aligned: bool,
+    unit: bool = False,
+    distances: bool = False,
+    coded: bool = False,
+) -> Plan:
     """The frozen plan for rows of ``dtype`` [*, dim] against ``codewords`` codewords on ``arch``.
 
     aligned: row starts are 16-byte aligned (address, stride and D), so that they load 16 bytes at a time. Without it
     every element is addressed alone and the addresses take the registers: smaller tiles, two passes sooner.
+    unit: rows are normalised. distances: they are asked for. coded: the codes are known.
 
     Raises ValueError as ``check`` does.
     """
     check(dtype, codewords, dim)
+    weighted = unit or dtype in SCALED_DTYPES
     if dtype == torch.float32:
-        return _plan_fp32(arch, codewords, dim)
-    return _plan_half(arch, codewords, dim, aligned)
+        found = _plan_fp32(arch, codewords, dim)
+    else:
+        found = _single_half(arch, codewords, dim, aligned, weighted) if not coded else None
+        found = found or _split_half(arch, codewords, dim, aligned)
+    # known codes leave only weights and distances to find before the sums
+    return replace(found, assign=None) if coded and not unit and not distances else found
 
 
-def _plan_half(arch: Arch, codewords: int, dim: int, aligned: bool) -> Plan:
+def _single_half(arch: Arch, codewords: int, dim: int, aligned: bool, weighted: bool) -> Plan | None:
     # 64 codewords in two parts are 128 matrix rows: two warpgroups of wgmma with nothing computed twice.
     padded = _power_of_two(codewords, 64)
     tiles, width = _dim_tiles(dim)
-    if (
-        tiles
-        and padded <= 128
-        and padded * tiles * width <= (_ACCUMULATORS if aligned else _ACCUMULATORS_UNALIGNED)
-    ):
-        # Without wgmma the operands pass through registers too: half as many rows at a time keeps them from spilling.
-        most = 64 if arch.capability in (0, 90) or (arch.capability == 100 and padded == 64) else 32
-        for rows, stages in ((most, 2), (most, 1)):
-            shared = 2 * (2 * padded * tiles * width + stages * rows * tiles * width + rows * padded) + 4096
-            if shared <= arch.shared:
-                launch = Launch(rows, width, padded, warps=8, stages=stages)
-                return Plan(2, tiles * width, padded, arch.programs, launch, None, None)
+    accumulators = padded * tiles * width
+    limit = min(
+        _ACCUMULATORS if aligned else _ACCUMULATORS_UNALIGNED,
+        _ACCUMULATORS_WEIGHTED if weighted else _ACCUMULATORS,
+    )
+    if not tiles or padded > 128 or accumulators > limit:
+        return None
+    # Without wgmma the operands pass through registers too: half as many rows at a time keeps them from spilling.
+    most = 64 if arch.capability in (0, 90) or (arch.capability == 100 and padded == 64) else 32
+    for rows, stages in ((most, 2), (most, 1)):
+        # weighted rows lie there twice: as they were read and as operands
+        copies = stages + weighted
+        shared = 2 * (2 * padded * tiles * width + copies * rows * tiles * width + rows * padded) + 4096
+        if shared <= arch.shared:
+            launch = Launch(rows, width, padded, warps=8, stages=stages)
+            return Plan(2, tiles * width, padded, arch.programs, launch, None, None)
+    return None
+
+
+def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool) -> Plan:
+    padded = _power_of_two(codewords, 64)
     width = min(_power_of_two(dim, 64), 128)
     stages = 2 if arch.shared < 120_000 else 3
     assign = Launch(64, 64, 64, warps=4 if arch.capability in (80, 90) else 8, stages=stages)
