@@ -1,7 +1,6 @@
 """Triton kernels and nothing else; `dre_fast.ops` decides when they run. Importing this needs triton."""
 
-__all__ = ["hard_encode"]
 from dre_fast.kernels.hard_encode import hard_encode
 from dre_fast.kernels.permute import bank_tiles
 
-__all__ = ["bank_tiles"]
+__all__ = ["bank_tiles", "hard_encode"]
