@@ -1,6 +1,7 @@
 """Triton kernels and nothing else; `dre_fast.ops` decides when they run. Importing this needs triton."""
 
+from dre_fast.kernels.hard_backward import hard_encode_backward
 from dre_fast.kernels.hard_encode import hard_encode
 from dre_fast.kernels.permute import bank_tiles
 
-__all__ = ["bank_tiles", "hard_encode"]
+__all__ = ["bank_tiles", "hard_encode", "hard_encode_backward"]
