@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu_sections import Row, collect, device_of, rates, time_ms
 
 
-def bank(dry: bool, found: list[Row]) -> list[Row]:
+def bank(dry: bool, found: list[Row]) -> Iterator[Row]:
     """P6, P7 and P5."""
     device = device_of(dry)
     return collect(

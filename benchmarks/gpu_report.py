@@ -70,28 +70,34 @@ def environment() -> dict[str, Any]:
 
 
 def measure(section: str, parts: Path, dry: bool) -> int:
-    """Run one section and write its part. Returns how many of its measurements failed.
+    """Run one section and write its part, anew after each row, so that a time limit costs only what was not reached.
 
-    The ceilings of the same run are read from their part.
+    The ceilings of the same run are read from their part. Returns how many measurements failed.
     """
     from benchmarks import gpu_bank, gpu_sections
 
+    part = {"section": section, "dry_run": dry, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+    def write(result: Any) -> None:
+        temporary = parts / f"{section}.tmp"
+        temporary.write_text(json.dumps({**part, "result": result}, indent=1))
+        temporary.replace(parts / f"{section}.json")
+
     if section == "environment":
-        result: Any = environment()
-    elif section in NEED_CEILINGS:
+        write(environment())
+        return 0
+    function = gpu_bank.bank if section == "bank" else getattr(gpu_sections, section)
+    arguments: list[Any] = [dry]
+    if section in NEED_CEILINGS:
         file = parts / "ceilings.json"
         if not file.exists():
             raise SystemExit(f"{section} needs {file}: the ceilings section did not finish")
-        function = gpu_bank.bank if section == "bank" else getattr(gpu_sections, section)
-        result = function(dry, json.loads(file.read_text())["result"])
-    else:
-        result = getattr(gpu_sections, section)(dry)
-    part = {"section": section, "dry_run": dry, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    target = parts / f"{section}.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**part, "result": result}, indent=1))
-    temporary.replace(target)
-    return sum("error" in row for row in result) if isinstance(result, list) else 0
+        arguments.append(json.loads(file.read_text())["result"])
+    rows: list[dict[str, Any]] = []
+    for row in function(*arguments):
+        rows.append(row)
+        write(rows)
+    return sum("error" in row for row in rows)
 
 
 HEAD = ("id", "work", "implementation", "ms", "x floor", "GB/s", "TFLOP/s", "peak MB", "x in + out")

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/gpu.sh, one function a section; each returns rows for the report.
+"""The measurements of benchmarks/gpu.sh, one function a section; each yields rows for the report.
 
 A row is a dict: id, what, implementation, ms, and where they apply bytes, flops, floor_ms, peers (ms by name), peak_mb
 (beyond the inputs), memory (inputs and peak over inputs and outputs), peers_mb, note; or id and error where a measurement
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,18 +64,17 @@ def device_of(dry: bool) -> str:
     return "cpu"
 
 
-def collect(measurements: Iterable[tuple[str, Callable[[], list[Row]]]]) -> list[Row]:
-    """The rows of all measurements; one that fails leaves a row with its error, and its traceback in the log."""
-    rows: list[Row] = []
+def collect(measurements: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Iterator[Row]:
+    """The rows of one measurement after the other; one that fails leaves a row with its error, and the log its traceback."""
     for name, measure in measurements:
         try:
-            rows += measure()
+            rows = measure()
         except Exception as problem:
             traceback.print_exc()
-            rows.append({"id": name, "error": f"{type(problem).__name__}: {_first_line(problem)}"})
+            rows = [{"id": name, "error": f"{type(problem).__name__}: {_first_line(problem)}"}]
+        yield from rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return rows
 
 
 def _first_line(problem: Exception) -> str:
@@ -116,7 +115,7 @@ def rates(found: list[Row]) -> tuple[float, float]:
     return by_id["copy"]["bytes"] / by_id["copy"]["ms"], by_id["gemm"]["flops"] / by_id["gemm"]["ms"]
 
 
-def _compare(ways: dict[str, Callable[[], object]], device: str) -> Row:
+def _compare(ways: Mapping[str, Callable[[], object]], device: str) -> Row:
     """Times and peaks of peers by name; one that runs out of memory or does not compile says so instead."""
     times: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -135,7 +134,7 @@ def _compare(ways: dict[str, Callable[[], object]], device: str) -> Row:
 # ---------------------------------------------------------------------------------------------- P1, P2
 
 
-def encode(dry: bool, found: list[Row]) -> list[Row]:
+def encode(dry: bool, found: list[Row]) -> Iterator[Row]:
     """P1, P2 and neighbours: hard_encode against its peers."""
     return collect(
         (shape.id, partial(_encode, shape, dry, rates(found)[0]))
@@ -153,10 +152,11 @@ def _encode(shape: Encode, dry: bool, bandwidth: float) -> list[Row]:
     names = [name for kind in kinds for name in peers.candidates(kind, shape.bags, device)]
     names += [name for name in peers.OTHER_PEERS if peers.fits(name, shape.residual_bytes, device)]
     peak = peak_mb(run, device)
+    passes = f" ({_passes(shape)} over the rows)" if device == "cuda" else ""
     return [
         {
             "id": shape.id,
-            "what": f"hard encode, {shape}",
+            "what": f"hard encode, {shape}{passes}",
             "implementation": ops.backend("hard_encode", device, shape.dtype),
             "ms": time_ms(run, device, rep=250),
             "bytes": shape.bytes,
@@ -169,6 +169,15 @@ def _encode(shape: Encode, dry: bool, bandwidth: float) -> list[Row]:
     ]
 
 
+def _passes(shape: Encode) -> str:
+    """How often the plan for this device asks for the rows."""
+    from dre_fast.kernels import config
+
+    arch = config.arch_of(torch.cuda.get_device_capability())
+    passes = config.plan(arch, shape.dtype, shape.codewords, shape.dim, True).passes_over_rows
+    return f"{passes} pass{'es' if passes > 1 else ''}"
+
+
 def _memory(peak: float | None, inputs: int, outputs: int) -> float | None:
     return None if peak is None else (inputs + peak * 1e6) / (inputs + outputs)
 
@@ -176,7 +185,7 @@ def _memory(peak: float | None, inputs: int, outputs: int) -> float | None:
 # -------------------------------------------------------------------------------------------------- P4
 
 
-def soft(dry: bool, found: list[Row]) -> list[Row]:
+def soft(dry: bool, found: list[Row]) -> Iterator[Row]:
     """P4: soft encode forward and backward, both assignments, against its peers."""
     return collect(
         (f"{shape.id} {assignment}", partial(_soft, shape, assignment, dry, found))
@@ -231,21 +240,16 @@ def _forward(given: test_soft.Inputs) -> Tensor:
 # -------------------------------------------------------------------------------------------------- P3
 
 
-def retrieve(dry: bool, found: list[Row]) -> list[Row]:
+def retrieve(dry: bool, found: list[Row]) -> Iterator[Row]:
     """P3: encode from the int8 bank by (seed, slide), against chains that gather first."""
-    rows = []
     for shape in SMALL_RETRIEVAL if dry else GPU_RETRIEVAL:
         given = retrieval.fill(shape, device_of(dry))
-        rows += collect(
-            [
-                *(
-                    (f"{shape.id} {what}", partial(_retrieve, given, shape, what, dry, rates(found)[0]))
-                    for what in retrieval.TABLES
-                ),
-                (f"{shape.id} op given rows", partial(_op_alone, given, shape, dry, rates(found)[0])),
-            ]
-        )
-    return rows
+        bandwidth = rates(found)[0]
+        for what in retrieval.TABLES:
+            yield from collect(
+                [(f"{shape.id} {what}", partial(_retrieve, given, shape, what, dry, bandwidth))]
+            )
+        yield from collect([(f"{shape.id} op alone", partial(_op_alone, given, shape, dry, bandwidth))])
 
 
 def _retrieve(given: retrieval.Stored, shape: Retrieval, what: str, dry: bool, bandwidth: float) -> list[Row]:
@@ -317,7 +321,7 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 # ------------------------------------------------------------------------------------------------- P12
 
 
-def codebook(dry: bool) -> list[Row]:
+def codebook(dry: bool) -> Iterator[Row]:
     """P12: one k-means pass over 1 M rows, from the difference of two numbers of iterations, against one hard_encode."""
     return collect(
         (f"P12 {dtype}", partial(_codebook, dtype, dry)) for dtype in (torch.float32, torch.bfloat16)

@@ -130,7 +130,7 @@ def test_a_failed_measurement_is_reported_and_stops_no_other() -> None:
     def bad() -> list[gpu_sections.Row]:
         raise RuntimeError("out of registers\nand more")
 
-    rows = gpu_sections.collect([("P9", bad), ("P1", good)])
+    rows = list(gpu_sections.collect([("P9", bad), ("P1", good)]))
     assert [row["id"] for row in rows] == ["P9", "P1"]
     rows[1]["peers"], rows[1]["peers_mb"] = {"slow": 8.0, "quick": 3.0}, {"slow": 12.0}
     report = {
