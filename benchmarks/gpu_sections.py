@@ -65,7 +65,7 @@ def device_of(dry: bool) -> str:
 
 
 def collect(measurements: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Iterator[Row]:
-    """The rows of one measurement after the other; one that fails leaves a row with its error, and the log its traceback."""
+    """The rows of one measurement after the other; a failed one leaves a row with its error."""
     for name, measure in measurements:
         try:
             rows = measure()

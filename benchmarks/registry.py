@@ -109,9 +109,9 @@ CPU_ENCODE = (
     Encode("P10-384", 200_000, 384, 64, 1, torch.float32),
     Encode("P10-1024", 60_000, 1024, 64, 1, torch.float32),
     Encode("P10-384-bf16", 200_000, 384, 64, 1, torch.bfloat16),
-    Encode("P10-ragged", 200_000, 384, 64, 64, torch.float32, ragged=True),
-    Encode("P10-K16", 200_000, 384, 16, 1, torch.float32),
-    Encode("P10-K256", 100_000, 384, 256, 1, torch.float32),
+    Encode("P10-ragged", 100_000, 384, 64, 64, torch.float32, ragged=True),
+    Encode("P10-K16", 100_000, 384, 16, 1, torch.float32),
+    Encode("P10-K256", 50_000, 384, 256, 1, torch.float32),
     Encode("P10-2k", 2_000, 384, 64, 1, torch.float32),
 )
 CPU_SOFT = (
