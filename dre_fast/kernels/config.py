@@ -19,10 +19,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 # fp32 accumulators one program of 8 warps holds beside its addresses without spilling (96 of 255 registers each).
+# Rows with weights pass through registers to become operands and their sums are two products: fewer.
 _ACCUMULATORS = 24_576
-_ACCUMULATORS_UNALIGNED = 8_192
-# Rows with weights pass through registers to become operands, and their sums are two products.
 _ACCUMULATORS_WEIGHTED = 16_384
+_ACCUMULATORS_UNALIGNED = 8_192
+_ACCUMULATORS_WEIGHTED_MMA = 8_192  # where operands of matrix products lie in registers too: sm_80 and sm_120
+_ACCUMULATORS_UNALIGNED_WEIGHTED = 4_096
 
 
 @dataclass(frozen=True)
@@ -147,25 +149,30 @@ def plan(
     if dtype == torch.float32:
         found = _plan_fp32(arch, codewords, dim)
     else:
-        found = _single_half(arch, codewords, dim, aligned, weighted) if not coded else None
-        found = found or _split_half(arch, codewords, dim, aligned)
+        single = None if coded else _single_half(arch, codewords, dim, aligned, weighted, distances)
+        found = single or _split_half(arch, codewords, dim, aligned, weighted or distances)
     # known codes leave only weights and distances to find before the sums
     return replace(found, assign=None) if coded and not unit and not distances else found
 
 
-def _single_half(arch: Arch, codewords: int, dim: int, aligned: bool, weighted: bool) -> Plan | None:
+def _single_half(
+    arch: Arch, codewords: int, dim: int, aligned: bool, weighted: bool, distances: bool
+) -> Plan | None:
     # 64 codewords in two parts are 128 matrix rows: two warpgroups of wgmma with nothing computed twice.
     padded = _power_of_two(codewords, 64)
     tiles, width = _dim_tiles(dim)
     accumulators = padded * tiles * width
-    limit = min(
-        _ACCUMULATORS if aligned else _ACCUMULATORS_UNALIGNED,
-        _ACCUMULATORS_WEIGHTED if weighted else _ACCUMULATORS,
-    )
+    if weighted and aligned:
+        limit = _ACCUMULATORS_WEIGHTED_MMA if arch.capability in (80, 120) else _ACCUMULATORS_WEIGHTED
+    elif weighted:
+        limit = _ACCUMULATORS_UNALIGNED_WEIGHTED
+    else:
+        limit = _ACCUMULATORS if aligned else _ACCUMULATORS_UNALIGNED
     if not tiles or padded > 128 or accumulators > limit:
         return None
     # Without wgmma the operands pass through registers too: half as many rows at a time keeps them from spilling.
-    most = 64 if arch.capability in (0, 90) or (arch.capability == 100 and padded == 64) else 32
+    tall = arch.capability == 100 and padded == 64 and not weighted and not distances
+    most = 64 if arch.capability in (0, 90) or tall else 32
     for rows, stages in ((most, 2), (most, 1)):
         # weighted rows lie there twice: as they were read and as operands
         copies = stages + weighted
@@ -176,11 +183,14 @@ def _single_half(arch: Arch, codewords: int, dim: int, aligned: bool, weighted: 
     return None
 
 
-def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool) -> Plan:
+def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool, more: bool) -> Plan:
     padded = _power_of_two(codewords, 64)
-    width = min(_power_of_two(dim, 64), 128)
+    # Rows that are addressed element by element and weighted take more registers: smaller tiles of them.
+    small = more and not aligned
+    width = 64 if small else min(_power_of_two(dim, 64), 128)
     stages = 2 if arch.shared < 120_000 else 3
-    assign = Launch(64, 64, 64, warps=4 if arch.capability in (80, 90) else 8, stages=stages)
+    four = arch.capability in (80, 90) and not small
+    assign = Launch(32 if small else 64, 64, 64, warps=4 if four else 8, stages=stages)
     aggregate = Launch(64, width, min(padded, 128) if aligned else 64, warps=8, stages=stages)
     return Plan(2, -(-dim // width) * width, padded, arch.programs, None, assign, aggregate)
 

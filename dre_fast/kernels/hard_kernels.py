@@ -215,7 +215,7 @@ def single_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_ptr,
         member = tl.where(live, code, KP)[None, :] == k[:, None]
         counts += tl.sum(member.to(tl.int32), 1)
         if weight is not None:
-            high, low = halves(weight if UNIT else weight * 4096.0)
+            high, low = halves(weight if UNIT else weight * 4096.0, r)
             high = tl.where(member, high[None, :], 0.0)
             low = tl.where(member, low[None, :], 0.0)
             acc0 = _add_weighted(high, low, x0, acc0)
@@ -269,6 +269,7 @@ def assign_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, parts_
     k = tl.arange(0, KT)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     code = tl.zeros((ROWS,), tl.int32)
+    square = tl.zeros((ROWS,), tl.float32)
     weight = None
     if row_scale_ptr is not None:
         weight = _load_scale(row_scale_ptr, row, live, x_ptr)
@@ -286,12 +287,14 @@ def assign_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, parts_
             products = tl.dot(c, tl.trans(x), products, input_precision="ieee")
         row_factor = weight
         if UNIT:
-            full, total = unit_weight(total, large, weight)
+            full, square = unit_weight(total, large, weight)
             tl.store(weights_ptr + place, full, mask=inside)
             row_factor = full
             products = products * 2.0**-24
-        elif distances_ptr is not None and weight is not None:
-            total = total * weight * weight
+        elif distances_ptr is not None:
+            square = total
+            if weight is not None:
+                square = square * weight * weight
         scores = _scores(
             products, tl.load(scale_ptr + k0 + k), tl.load(half_ptr + k0 + k), row_factor, PARTS, KT, ROWS
         )
@@ -307,7 +310,7 @@ def assign_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, parts_
     if row_codes_ptr is not None:
         code = known
     if distances_ptr is not None:
-        tl.store(distances_ptr + place, tl.where(live, _distance(total, best), 0.0), mask=inside)
+        tl.store(distances_ptr + place, tl.where(live, _distance(square, best), 0.0), mask=inside)
     tl.store(codes_ptr + place, tl.where(live, code, -1).to(tl.int64), mask=inside)
 
 
@@ -366,12 +369,12 @@ def aggregate_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, wei
             else:
                 power, weight = split_weight(full)
                 x = shifted(x, power)
-                high, low = halves(weight)
+                high, low = halves(weight, r)
                 acc = _add_weighted(
                     tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
                 )
         elif row_scale_ptr is not None:
-            high, low = halves(_load_scale(row_scale_ptr, row, live, x_ptr) * 4096.0)
+            high, low = halves(_load_scale(row_scale_ptr, row, live, x_ptr) * 4096.0, r)
             acc = _add_weighted(
                 tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
             )

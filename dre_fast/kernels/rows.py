@@ -51,16 +51,20 @@ def add_squares(x, total, large):
 def unit_weight(total, large, scale):
     """2^24 / max(||x~||, 1e-12) * scale, [R], and ||u||^2 of the unit row, from sums of squares of the operand.
 
-    x~ is ``scale`` times the operand. The factor 2^24 keeps the weight of every row a normal number.
+    x~ is ``scale`` (or 1) times the operand. The factor 2^24 keeps the weight of every row a normal number.
     """
-    norm = tl.sqrt_rn(total)
-    numerator = tl.full(norm.shape, 2.0**24, tl.float32)
+    overflowed = total == float("inf")
+    total = tl.where(overflowed, large, total)
+    inverse = tl.rsqrt(tl.where(total == 0.0, 1.0, total))
+    inverse = inverse * (
+        1.5 - 0.5 * total * inverse * inverse
+    )  # Newton: full fp32 from the fast approximation
+    norm = total * inverse
+    least = 2.0**24 * 1e12
     if scale is not None:
         norm = norm * scale
-        numerator = numerator * scale
-    weight = tl.div_rn(numerator, tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL))
-    overflowed = total == float("inf")
-    weight = tl.where(overflowed, tl.div_rn(2.0**-40, tl.sqrt_rn(tl.where(overflowed, large, 1.0))), weight)
+        least = scale * least
+    weight = tl.where(norm > 1e-12, inverse * tl.where(overflowed, 2.0**-40, 2.0**24), least)
     square = tl.where(norm > 1e-12, 1.0, (norm * 1e12) * (norm * 1e12))
     return weight, square
 
@@ -81,7 +85,13 @@ def shifted(x, power):
 
 
 @triton.jit
-def halves(weight):
-    """An fp32 weight as fp16 (high, low): high + low / 2^11 is it to 2^-23, low being no smaller a number than high."""
+def halves(weight, place):
+    """An fp32 weight as fp16 (high, low): high + low / 2^11 is it to 2^-23, low being no smaller a number than high.
+
+    One bit of fp32's 24 can be left over, always half a unit of ``low``. Odd places round it away from zero and even
+    ones towards it, so that the errors of many equal weights do not add up.
+    """
     high = weight.to(tl.float16)
-    return high, ((weight - high.to(tl.float32)) * 2048.0).to(tl.float16)
+    low = (weight - high.to(tl.float32)) * 2048.0
+    low = tl.where((place & 1) == 1, low * (1.0 + 2.0**-14), low * (1.0 - 2.0**-14))
+    return high, low.to(tl.float16)

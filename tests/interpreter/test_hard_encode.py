@@ -71,7 +71,7 @@ def test_largest_sizes(codewords: int, dim: int, kernel_device: str) -> None:
     ],
 )
 def test_ragged_and_empty_bags(lengths: list[int], kernel_device: str) -> None:
-    V, counts, _ = check(*make_bags(lengths, 48, 8, torch.float16, kernel_device))
+    V, counts, *_ = check(*make_bags(lengths, 48, 8, torch.float16, kernel_device))
     empty = torch.tensor(lengths, device=V.device) == 0
     assert (V[empty] == 0).all()
     assert (counts[empty] == 0).all()
@@ -80,7 +80,7 @@ def test_ragged_and_empty_bags(lengths: list[int], kernel_device: str) -> None:
 
 def test_no_bags_and_int32_offsets(kernel_device: str) -> None:
     x, codebook, bounds = make_bags([20, 30], 16, 4, torch.float32, kernel_device)
-    V, counts, codes = hard_encode(x[:0], codebook, bounds[:1])
+    V, counts, codes, _ = hard_encode(x[:0], codebook, bounds[:1])
     assert V.shape == (0, 4, 16)
     assert counts.shape == (0, 4)
     assert codes.shape == (0,)
@@ -93,7 +93,7 @@ def test_rows_past_the_last_bag(dim: int, kernel_device: str) -> None:
     x, codebook, _ = make_bags([400], dim, 7, torch.float16, kernel_device)
     for bounds in ([0, 90, 300], [0, 64], [0, 0], [0]):
         cu_seqlens = torch.tensor(bounds, device=kernel_device)
-        V, counts, codes = hard_encode(x, codebook, cu_seqlens)
+        V, counts, codes, _ = hard_encode(x, codebook, cu_seqlens)
         inside = hard_encode(x[: bounds[-1]], codebook, cu_seqlens)
         assert (codes[bounds[-1] :] == -1).all()
         assert torch.equal(codes[: bounds[-1]], inside[2])
@@ -105,7 +105,7 @@ def test_rows_past_the_last_bag(dim: int, kernel_device: str) -> None:
 def test_ties_take_the_lowest_codeword(dtype: torch.dtype, kernel_device: str) -> None:
     x, codebook, bounds = make_bags([90], 32, 5, dtype, kernel_device)
     twice = torch.cat([codebook, codebook])
-    _, _, codes = check(x, twice, bounds)
+    _, _, codes, _ = check(x, twice, bounds)
     assert (codes < 5).all()
     # Codewords 64 apart meet in different tiles of a two-pass plan.
     far = torch.cat([codebook, codebook[:1].repeat(195, 1) * 0 + 9, codebook])
@@ -144,7 +144,7 @@ def test_close_codewords_are_told_apart(kernel_device: str) -> None:
     codebook = (base + 2e-4 * torch.randn(16, 64)).to(kernel_device)
     for dtype in (torch.float16, torch.bfloat16):
         x = (base + 2e-2 * torch.randn(300, 64)).to(dtype).to(kernel_device)
-        _, _, codes = check(x, codebook, torch.tensor([0, 300], device=kernel_device))
+        _, _, codes, _ = check(x, codebook, torch.tensor([0, 300], device=kernel_device))
         nearest = torch.cdist(x.double(), codebook.double()).argmin(1)
         assert (codes == nearest).float().mean() > 0.98
 
@@ -153,7 +153,7 @@ def test_nan_rows_stay_in_their_bag(kernel_device: str) -> None:
     x, codebook, bounds = make_bags([70, 80, 90], 24, 6, torch.float32, kernel_device)
     clean = hard_encode(x, codebook, bounds)
     x[75] = float("nan")
-    V, counts, codes = hard_encode(x, codebook, bounds)
+    V, counts, codes, _ = hard_encode(x, codebook, bounds)
     assert codes[75] == 0
     assert V[1].isnan().any()
     assert torch.equal(V[[0, 2]], clean[0][[0, 2]])
@@ -164,7 +164,7 @@ def test_nan_rows_stay_in_their_bag(kernel_device: str) -> None:
 def test_agrees_with_the_reference(kernel_device: str) -> None:
     x, codebook, bounds = make_bags([300, 0, 40], 96, 10, torch.float32, kernel_device, noise=0.3)
     expected = reference.encode.hard_encode(x.double(), codebook.double(), bounds)
-    V, counts, codes = hard_encode(x, codebook, bounds)
+    V, counts, codes, _ = hard_encode(x, codebook, bounds)
     assert torch.equal(codes, expected[2])
     assert torch.equal(counts, expected[1])
     torch.testing.assert_close(V.double(), expected[0], rtol=0, atol=1e-5)
@@ -172,7 +172,7 @@ def test_agrees_with_the_reference(kernel_device: str) -> None:
 
 def test_bad_arguments_are_named(kernel_device: str) -> None:
     x, codebook, bounds = make_bags([8], 16, 4, torch.float32, kernel_device)
-    with pytest.raises(ValueError, match="same D"):
+    with pytest.raises(ValueError, match="P >= D"):
         hard_encode(x[:, :8], codebook, bounds)
     with pytest.raises(ValueError, match="float64"):
         hard_encode(x.double(), codebook, bounds)
@@ -193,7 +193,7 @@ def test_offsets_are_clamped_to_the_rows(
     """Nobody checks them under torch.compile: they must not lead outside the tensors."""
     x, codebook, _ = make_bags([rows], 16, codewords, torch.float32, kernel_device)
     cu = torch.tensor([int(b * rows) for b in bounds], device=x.device)
-    V, counts, codes = hard_encode(x, codebook, cu)
+    V, counts, codes, _ = hard_encode(x, codebook, cu)
     expected = reference.hard_encode(x, codebook, cu.clamp(0, rows))
     torch.testing.assert_close(V, expected[0], atol=1e-4, rtol=0)
     assert torch.equal(counts, expected[1])
