@@ -18,7 +18,8 @@ from torch.nn import functional
 
 Encoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 _BLOCK = 8192  # rows whose scores against 64 codewords stay in a core's cache
-_RESIDUALS = 1 << 24  # residual values of one chunk where the residuals are formed: 64 MB in fp32
+# Residual values of one chunk where residuals are formed: they stay in a CPU's cache, or fill a GPU.
+RESIDUAL_VALUES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -160,8 +161,8 @@ def residual_broadcast(x: Tensor, codebook: Tensor, cu_seqlens: Tensor, *, value
 
 
 def residual_broadcast_chunked(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """:func:`residual_broadcast` in chunks that fit memory."""
-    return residual_broadcast(x, codebook, cu_seqlens, values=_RESIDUALS)
+    """:func:`residual_broadcast` in chunks."""
+    return residual_broadcast(x, codebook, cu_seqlens, values=RESIDUAL_VALUES[x.device.type])
 
 
 def scaled_l2_aggregate(x: Tensor, codebook: Tensor, cu_seqlens: Tensor) -> Tensor:

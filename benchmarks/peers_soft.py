@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import _RESIDUALS
+from benchmarks.peers import RESIDUAL_VALUES
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def residual_broadcast(x: Tensor, codebook: Tensor, bags: int, by: Assignment) -
 
 
 def residual_broadcast_chunked(x: Tensor, codebook: Tensor, bags: int, by: Assignment) -> Tensor:
-    """The same in chunks of rows whose residuals fit memory, formed again in the backward."""
+    """The same in chunks of rows, their residuals formed again in the backward."""
     rows = x.view(bags, -1, x.shape[1])
-    step = max(1, _RESIDUALS // (bags * codebook.numel()))
+    step = max(1, RESIDUAL_VALUES[x.device.type] // (bags * codebook.numel()))
 
     def part(block: Tensor) -> Tensor:
         return residual_broadcast(block.reshape(-1, block.shape[2]), codebook, bags, by)

@@ -23,7 +23,8 @@ EAGER = [
 
 @pytest.mark.parametrize("name", EAGER)
 @pytest.mark.parametrize("shape", [ONE_BAG, SEVERAL], ids=lambda shape: shape.id)
-def test_hard_peers_agree_with_the_reference(shape: Encode, name: str) -> None:
+def test_hard_peers_agree_with_the_reference(shape: Encode, name: str, monkeypatch) -> None:
+    monkeypatch.setitem(peers.RESIDUAL_VALUES, "cpu", 5 * 24 * 100)
     rows, codebook, cu_seqlens = make(shape)
     plain = reference.hard_encode(rows, codebook, cu_seqlens)[0]
     exact = reference.hard_encode(rows.double(), codebook.double(), cu_seqlens)[0]
@@ -62,7 +63,8 @@ def test_the_quickest_is_picked_and_failures_are_told() -> None:
 def test_soft_peers_and_their_gradients_agree_in_float64(name: str, assignment: str, monkeypatch) -> None:
     if not peers_soft.covers(name, assignment, 0, "cpu"):
         pytest.skip(f"{name} does not know {assignment}")
-    monkeypatch.setattr(peers_soft, "_RESIDUALS", 3 * 5 * 24 * 7)  # chunks of seven rows, the last one short
+    # chunks of seven rows, the last one short
+    monkeypatch.setitem(peers.RESIDUAL_VALUES, "cpu", 3 * 5 * 24 * 7)
     bags, n, dim, words = 3, 40, 24, 5
     x = normalize(torch.randn(bags * n, dim, dtype=torch.float64), dim=1)
     parameters = [torch.rand(words, dtype=torch.float64) + 3]
