@@ -190,5 +190,5 @@ def covers(name: str, assignment: str, residual_bytes: int, device: str) -> bool
     ):  # both keep two tensors of residuals, and their gradients
         return residual_bytes <= (20e9 if device == "cuda" else 3e8)
     if name == "residual broadcast, chunked":
-        return residual_bytes <= (1e12 if device == "cuda" else 3e8)
+        return residual_bytes <= (1e12 if device == "cuda" else 2e9)
     return True
