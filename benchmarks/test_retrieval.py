@@ -22,11 +22,11 @@ from dre_fast.ops import encode
 
 SHAPES = {shape.id: shape for shape in (*CPU_RETRIEVAL, *GPU_RETRIEVAL)}
 CASES = [
-    pytest.param(shape, device, what, name, id=f"{shape.id}-{device}-{what}-{name}", marks=marks)
+    pytest.param(shape, device, what, name, id=f"{shape.id}-{device}-{what}-{number}", marks=marks)
     for shapes, device, marks in ((CPU_RETRIEVAL, "cpu", ()), (GPU_RETRIEVAL, "cuda", pytest.mark.gpu))
     for shape in shapes
     for what, ways in retrieval.TABLES.items()
-    for name in ways
+    for number, name in enumerate(ways)  # by number: `-k encode` means test_encode.py
 ]
 
 
