@@ -150,7 +150,7 @@ def plan(
         found = _plan_fp32(arch, codewords, dim)
     else:
         single = None if coded else _single_half(arch, codewords, dim, aligned, weighted, distances)
-        found = single or _split_half(arch, codewords, dim, aligned, weighted or distances)
+        found = single or _split_half(arch, codewords, dim, aligned, weighted, distances)
     # known codes leave only weights and distances to find before the sums
     return replace(found, assign=None) if coded and not unit and not distances else found
 
@@ -183,15 +183,18 @@ def _single_half(
     return None
 
 
-def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool, more: bool) -> Plan:
+def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool, weighted: bool, distances: bool) -> Plan:
     padded = _power_of_two(codewords, 64)
     # Rows that are addressed element by element and weighted take more registers: smaller tiles of them.
-    small = more and not aligned
+    small = (weighted or distances) and not aligned
     width = 64 if small else min(_power_of_two(dim, 64), 128)
     stages = 2 if arch.shared < 120_000 else 3
     four = arch.capability in (80, 90) and not small
     assign = Launch(32 if small else 64, 64, 64, warps=4 if four else 8, stages=stages)
-    aggregate = Launch(64, width, min(padded, 128) if aligned else 64, warps=8, stages=stages)
+    # weighted sums are two products at a time, whose operands lie in registers where there is no wgmma
+    narrow = not aligned or (weighted and arch.capability in (80, 120))
+    tile = 64 if narrow else min(padded, 128)
+    aggregate = Launch(32 if small else 64, width, tile, warps=8, stages=stages)
     return Plan(2, -(-dim // width) * width, padded, arch.programs, None, assign, aggregate)
 
 

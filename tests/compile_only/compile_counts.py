@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from dre_fast.kernels import config, hard_encode
 
 module = sys.modules[hard_encode.__module__]
+WORDS, DIM, MOST = 16, 64, 5000
 
 
 class NoDevice:
@@ -35,22 +36,33 @@ class NoDevice:
         return torch.device("cpu")
 
 
+def encode(dtype: torch.dtype, rows: int, read: int, bags: int, unit: bool, coded: bool) -> None:
+    """Compile what encoding ``read`` of ``rows`` stored rows launches: by index unless all are read in order."""
+    plan = config.plan(config.ARCHS[90], dtype, WORDS, DIM, aligned=True, unit=unit, coded=coded)
+    chosen = torch.zeros(MOST, dtype=torch.int64)[:read] if read != rows else None
+    scale = torch.zeros(MOST)[:rows] if dtype in config.SCALED_DTYPES else None
+    known = torch.zeros(MOST, dtype=torch.int16)[:rows] if coded else None
+    V = torch.zeros(bags, WORDS, DIM)
+    members = torch.zeros(bags, WORDS, dtype=torch.int64)
+    codes = torch.zeros(read, dtype=torch.int64)
+    bounds = torch.zeros(bags + 1, dtype=torch.int64)
+    x = torch.zeros(MOST, DIM, dtype=dtype)[:rows]
+    codebook = torch.zeros(WORDS, DIM)
+    module._launch(x, codebook, bounds, chosen, scale, known, unit, plan, V, members, codes, None)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(NoDevice())
     JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid=grid)
     kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
     counts = []
-    words, dim = 16, 64
-    plan = config.plan(config.ARCHS[90], torch.bfloat16, words, dim, aligned=True)
-    x, codebook = torch.zeros(5000, dim, dtype=torch.bfloat16), torch.zeros(words, dim)
     for rows in [1, 16, 17, *range(18, 1018)]:
         bags = 1 + rows % 37
-        V = torch.zeros(bags, words, dim)
-        members = torch.zeros(bags, words, dtype=torch.int64)
-        codes = torch.zeros(rows, dtype=torch.int64)
-        bounds = torch.zeros(bags + 1, dtype=torch.int64)
-        module._launch(x[:rows], codebook, bounds, plan, V, members, codes)
-        counts.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))
+        encode(torch.bfloat16, rows, rows, bags, unit=False, coded=False)
+        encode(torch.bfloat16, rows, 2 * rows, bags, unit=True, coded=False)
+        encode(torch.int8, 3 * rows, rows, bags, unit=False, coded=False)
+        encode(torch.int8, 3 * rows, rows + 1, bags, unit=False, coded=True)
+        counts.append({kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels})
     json.dump({"first": counts[0], "last": counts[-1], "runs": len(counts)}, sys.stdout)
 
 

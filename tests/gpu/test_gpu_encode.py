@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton (Linux on
 
 from benchmarks.registry import GPU_ENCODE, Encode, make
 from dre_fast.kernels import hard_encode
-from encode_check import check, make_bags
+from encode_check import check, make_bags, stored
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +24,41 @@ pytestmark = pytest.mark.gpu
 def test_one_big_and_many_small_bags(codewords: int, dim: int, dtype: torch.dtype) -> None:
     lengths = [20_000, 0, *range(1, 90), 3000]
     check(*make_bags(lengths, dim, codewords, dtype, "cuda"))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("codewords", "dim"), [(64, 384), (64, 256), (64, 1024), (128, 128), (1000, 2047), (7, 33)]
+)
+def test_every_source_of_rows(codewords: int, dim: int, dtype: torch.dtype) -> None:
+    """Chosen rows of a wider store, some skipped, some read twice; as they are, as unit rows, with known codes."""
+    rows, codebook, _ = make_bags([12_000], dim, codewords, torch.float32, "cuda")
+    x, scale = stored(rows, dtype, padding=16)
+    index = torch.randint(-1, 12_000, (20_000,), device="cuda")
+    known = torch.randint(-1, codewords, (12_000,), dtype=torch.int16, device="cuda")
+    bounds = torch.tensor([0, *range(1, 90), 4000, 4000, 19_000], device="cuda")
+    for unit in (False, True):
+        check(x, codebook, bounds, index, scale, unit=unit)
+        check(x, codebook, bounds, index, scale, unit=unit, distances=True)
+        check(x, codebook, bounds, index, scale, known, unit=unit)
+
+
+def test_stored_rows_beyond_two_to_the_31_elements() -> None:
+    rows, dim = 5_700_000, 384
+    x = torch.randint(-127, 128, (rows, dim), device="cuda", dtype=torch.int8)
+    scale = torch.rand(rows, device="cuda") / 127
+    codebook = torch.randn(4, dim, device="cuda")
+    index = torch.arange(rows - 100, rows, device="cuda")
+    bounds = torch.tensor([0, 60, 100], device="cuda")
+    V, counts, codes, _ = hard_encode(x, codebook, bounds, index, scale)
+    last = reference.encode.hard_encode(x[-100:], codebook, bounds, None, scale[-100:])
+    assert torch.equal(codes, last[2])
+    assert torch.equal(counts, last[1])
+    torch.testing.assert_close(V, last[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", GPU_ENCODE, ids=lambda shape: shape.id)
@@ -39,7 +74,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     x = torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16)
     codebook = torch.randn(4, dim, device="cuda")
     bounds = torch.tensor([0, rows - 50, rows], device="cuda")
-    V, _, codes = hard_encode(x, codebook, bounds)
+    V, _, codes, _ = hard_encode(x, codebook, bounds)
     last = reference.hard_encode(x[-50:].double(), codebook.double(), torch.tensor([0, 50], device="cuda"))
     assert torch.equal(codes[-50:], last[2])
     torch.testing.assert_close(V[1].double(), last[0][0], rtol=1e-5, atol=1e-4)
@@ -71,6 +106,12 @@ def test_cuda_graph_replays_with_new_rows() -> None:
 def test_registered_op(dtype: torch.dtype) -> None:
     x, codebook, bounds = make_bags([100, 0, 60], 64, 8, dtype, "cuda")
     torch.library.opcheck(torch.ops.dre_fast.hard_encode.default, (x, codebook, bounds))
+    index = torch.tensor([3, -1, 5, 159, 3], device="cuda")
+    limits = torch.tensor([0, 2, 5], device="cuda")
+    options = {"unit": True, "distances": True}
+    torch.library.opcheck(
+        torch.ops.dre_fast.hard_encode.default, (x, codebook, limits, index, None, None), options
+    )
 
 
 def test_gradient_and_compile() -> None:

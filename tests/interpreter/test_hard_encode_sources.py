@@ -16,7 +16,8 @@ from encode_check import check, make_bags, stored
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 SCALED = (torch.int8, torch.float8_e4m3fn)
-DENSE = DTYPES[:3]
+# One of each way of computing: interpreted, bf16 is fp32; e4m3 differs from int8 in its first step alone.
+INTERPRETED = (torch.float32, torch.float16, torch.int8)
 # K and D of every kind of plan: one pass, two passes, tiles that do not fill, several tiles of codewords.
 SIZES = [(1, 1), (2, 7), (7, 33), (8, 64), (64, 385), (64, 384), (65, 200), (130, 513), (200, 64)]
 
@@ -39,10 +40,9 @@ def bounds_of(count: int, device: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROW_COUNTS)
-@pytest.mark.parametrize("unit", [False, True])
-def test_chosen_rows(rows: int, dtype: torch.dtype, unit: bool, kernel_device: str) -> None:
+def test_chosen_rows(rows: int, dtype: torch.dtype, kernel_device: str) -> None:
     x, scale, codebook, index = source(rows, 64, 16, dtype, kernel_device)
-    check(x, codebook, bounds_of(len(index), kernel_device), index, scale, unit=unit, distances=True)
+    check(x, codebook, bounds_of(len(index), kernel_device), index, scale, unit=rows % 2 == 1, distances=True)
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_many_chosen_rows(rows: int, dtype: torch.dtype, kernel_device: str) -> 
     check(x, codebook, bounds_of(len(index), kernel_device), index, scale, unit=True, distances=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
 @pytest.mark.parametrize(("codewords", "dim"), SIZES)
 def test_sizes(codewords: int, dim: int, dtype: torch.dtype, kernel_device: str) -> None:
     """By index with a weight for each row, from rows wider than D."""
@@ -69,13 +69,12 @@ def test_largest_sizes(codewords: int, dim: int, dtype: torch.dtype, kernel_devi
     check(x, codebook, bounds_of(len(index), kernel_device), index, scale, unit=scale is None, distances=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 513])
+@pytest.mark.parametrize(("dtype", "dim"), [*((dtype, 64) for dtype in DTYPES), (torch.int8, 513)])
 def test_without_index(dim: int, dtype: torch.dtype, kernel_device: str) -> None:
-    x, scale, codebook, _ = source(300, dim, 12, dtype, kernel_device)
-    bounds = bounds_of(300, kernel_device)
+    x, scale, codebook, _ = source(200, dim, 12, dtype, kernel_device)
+    bounds = bounds_of(200, kernel_device)
+    check(x, codebook, bounds, None, scale)
     for unit in (False, True):
-        check(x, codebook, bounds, None, scale, unit=unit)
         check(x, codebook, bounds, None, scale, unit=unit, distances=True)
 
 
@@ -95,8 +94,8 @@ def test_ragged_and_empty_bags(lengths: list[int], kernel_device: str) -> None:
 
 
 def test_choosing_equals_gathering_bit_for_bit(kernel_device: str) -> None:
-    for dtype in DTYPES:
-        x, scale, codebook, index = source(200, 48, 9, dtype, kernel_device)
+    for dtype in INTERPRETED:
+        x, scale, codebook, index = source(100, 48, 9, dtype, kernel_device)
         index = index[index >= 0]
         gathered = None if scale is None else scale[index]
         bounds = bounds_of(len(index), kernel_device)
@@ -109,8 +108,7 @@ def test_choosing_equals_gathering_bit_for_bit(kernel_device: str) -> None:
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dim", [48, 513])
-@pytest.mark.parametrize("dtype", DENSE, ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 48), (torch.float16, 48), (torch.float16, 513)])
 def test_layouts(dim: int, dtype: torch.dtype, kernel_device: str) -> None:
     """A strided, a transposed and an unaligned view give what their contiguous copy gives."""
     x, codebook, bounds = make_bags([70, 80], dim, 9, dtype, kernel_device)
@@ -125,19 +123,18 @@ def test_layouts(dim: int, dtype: torch.dtype, kernel_device: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("codewords", "dim"), [(8, 64), (130, 33), (5, 513)])
+@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+@pytest.mark.parametrize(("codewords", "dim"), [(8, 64), (130, 33)])
 def test_known_codes(codewords: int, dim: int, dtype: torch.dtype, kernel_device: str) -> None:
     """Codes of the stored rows are taken as they are: whatever is nearest, -1 skips the row."""
     x, scale, codebook, index = source(200, dim, codewords, dtype, kernel_device)
     codes = torch.randint(-1, codewords, (200,), dtype=torch.int16).to(kernel_device)
-    for chosen in (index, None):
-        bounds = bounds_of(200 if chosen is None else len(index), kernel_device)
-        for unit, distances in ((False, False), (True, False), (False, True), (True, True)):
-            check(x, codebook, bounds, chosen, scale, codes, unit, distances)
+    check(x, codebook, bounds_of(200, kernel_device), None, scale, codes)
+    for unit, distances in ((False, False), (True, False), (False, True), (True, True)):
+        check(x, codebook, bounds_of(len(index), kernel_device), index, scale, codes, unit, distances)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*INTERPRETED, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("unit", [False, True])
 def test_skipped_rows_are_never_read(dtype: torch.dtype, unit: bool, kernel_device: str) -> None:
     """What lies in a row without a code, or of no read, may be anything."""
@@ -179,11 +176,11 @@ def test_indices_outside_the_rows_are_not_followed(kernel_device: str) -> None:
     assert (found == -1).all()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e4, 1e18, 1e30, 2e37])
-@pytest.mark.parametrize(("codewords", "dim"), [(8, 64), (70, 200)])
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e4, 1e18, 2e37])
+@pytest.mark.parametrize(("codewords", "dim"), [(8, 64), (70, 100)])
 def test_unit_rows_of_any_size(size: float, codewords: int, dim: int, kernel_device: str) -> None:
     """Squares neither overflow nor, above the documented 1e-12, underflow; one bag holds rows of all sizes."""
-    x, codebook, bounds = make_bags([60, 50], dim, codewords, torch.float32, kernel_device)
+    x, codebook, bounds = make_bags([50, 30], dim, codewords, torch.float32, kernel_device)
     x[::2] *= size
     check(x, codebook, bounds, unit=True, distances=True)
     if size <= 1e4:
@@ -227,7 +224,7 @@ def test_every_stored_value_is_exact(dtype: torch.dtype, kernel_device: str) -> 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize("codewords", [6, 200])
+@pytest.mark.parametrize("codewords", [6, 70])
 def test_rows_that_are_not_finite_stay_in_their_bag(
     bad: float, unit: bool, codewords: int, kernel_device: str
 ) -> None:
@@ -246,7 +243,7 @@ def test_rows_that_are_not_finite_stay_in_their_bag(
         assert torch.equal(counts[[0, 2]], clean[1][[0, 2]])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
 def test_ties_take_the_lowest_codeword(dtype: torch.dtype, kernel_device: str) -> None:
     x, scale, codebook, index = source(90, 32, 5, dtype, kernel_device)
     bounds = bounds_of(len(index), kernel_device)
