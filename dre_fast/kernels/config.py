@@ -189,8 +189,14 @@ def _split_half(arch: Arch, codewords: int, dim: int, aligned: bool, weighted: b
     small = (weighted or distances) and not aligned
     width = 64 if small else min(_power_of_two(dim, 64), 128)
     stages = 2 if arch.shared < 120_000 else 3
-    four = arch.capability in (80, 90) and not small
-    assign = Launch(32 if small else 64, 64, 64, warps=4 if four else 8, stages=stages)
+    # Each program reads the codebook's parts once more, from the L2 cache: twice the rows, half of that. The operands
+    # of wgmma stay in shared memory, so it has the registers.
+    if arch.capability == 90 and not small:
+        assign = Launch(128, 64, 64, warps=8, stages=stages)
+    else:
+        assign = Launch(
+            32 if small else 64, 64, 64, warps=4 if arch.capability == 80 and not small else 8, stages=stages
+        )
     # weighted sums are two products at a time, whose operands lie in registers where there is no wgmma
     narrow = not aligned or (weighted and arch.capability in (80, 120))
     tile = 64 if narrow else min(padded, 128)

@@ -26,6 +26,8 @@ from dre_fast.kernels.case import Case
 # Modules of dre_fast.kernels with a function cases(arch).
 MODULES = [
     "hard_encode",
+    "hard_backward",
+    "permute",
 ]
 # Rows, K and D of P1 and P2 in benchmarks/registry.py.
 _HEADLINE = (("bf16", 64, 384), ("bf16", 64, 1024))
