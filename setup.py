@@ -59,9 +59,21 @@ CXX_FLAGS = shlex.split(
 )
 NVCC_FLAGS = [STD, "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+CPU_SOURCES = (
+    "bank",
+    "row_kernels_default",
+    "encode_rows",
+    "encode_assign",
+    "encode_hard",
+    "encode_hard_backward",
+    "encode_kernels_default",
+)
 X86_VARIANTS = {
     "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "row_kernels_avx512.cpp": AVX512.split(),
+    "encode_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "encode_kernels_avx512.cpp": AVX512.split(),
+    "encode_kernels_avx512bf16.cpp": [*AVX512.split(), "-mavx512bf16"],
 }
 AGAIN = "then install dre_fast again"
 
@@ -232,7 +244,7 @@ def switch(name: str) -> str:
 
 
 def ops_part(chain: Toolchain) -> Part:
-    sources = ["csrc/ops.cpp", "csrc/cpu/bank.cpp", "csrc/cpu/row_kernels_default.cpp"]
+    sources = ["csrc/ops.cpp"] + [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES]
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources += [f"csrc/cpu/{name}" for name in X86_VARIANTS]
     flags = [*chain.cxxflags, *chain.torch.flags]

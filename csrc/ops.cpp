@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "cpu/bank.h"
+#include "cpu/encode.h"
 
 namespace dre_fast {
 
@@ -24,11 +25,19 @@ STABLE_TORCH_LIBRARY(dre_fast_native, m) {
       "bank_write(Tensor(a!) payload, Tensor(b!) scale, Tensor(c!) code, Tensor(d!) age, Tensor(e!) drift, "
       "Tensor(f!) sums, Tensor(g!) counts, Tensor codebook, Tensor start, Tensor rows_slide, Tensor rows_tile, "
       "Tensor features, int step) -> ()");
+  m.def(
+      "hard_encode(Tensor x, Tensor codebook, Tensor cu_seqlens, Tensor? index=None, Tensor? row_scale=None, "
+      "Tensor? row_codes=None, bool unit=False, bool distances=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hard_encode_backward(Tensor grad, Tensor codes, Tensor cu_seqlens, Tensor? x=None, Tensor? index=None, "
+      "bool unit=False) -> Tensor");
   m.def("cpu_level() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CPU, m) {
   m.impl("bank_write", TORCH_BOX(&dre_fast::bank_write));
+  m.impl("hard_encode", TORCH_BOX(&dre_fast::hard_encode_cpu));
+  m.impl("hard_encode_backward", TORCH_BOX(&dre_fast::hard_encode_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CompositeExplicitAutograd, m) {

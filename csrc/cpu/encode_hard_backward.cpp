@@ -1,0 +1,91 @@
+// Gradient of hard encoding on the CPU: row i takes grad[bag_i, code_i], with `unit` carried through the normalisation.
+// The specification is dre_fast/reference/hard.py:hard_encode_backward.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "encode.h"
+
+namespace dre_fast {
+namespace {
+
+// Gradients are not bounded by their format: what lies outside becomes infinite.
+uint16_t to_half_or_inf(float x) {
+  const float a = std::fabs(x);
+  if (a < 65520.0f) return to_half(x);  // rounds to 65504 at most
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  return std::isnan(x) ? 0x7e00 : static_cast<uint16_t>(sign | 0x7c00);
+}
+
+uint16_t to_bfloat16_or_nan(float x) { return std::isnan(x) ? 0x7fc0 : to_bfloat16(x); }
+
+void store_as(Format format, const float* x, int64_t dim, char* out) {
+  if (format == Format::kFloat32) {
+    std::memcpy(out, x, dim * sizeof(float));
+    return;
+  }
+  auto* v = reinterpret_cast<uint16_t*>(out);
+  for (int64_t j = 0; j < dim; ++j)
+    v[j] = format == Format::kFloat16 ? to_half_or_inf(x[j]) : to_bfloat16_or_nan(x[j]);
+}
+
+}  // namespace
+
+Tensor hard_encode_backward_cpu(
+    const Tensor& grad, const Tensor& codes, const Tensor& cu_seqlens, const OptionalTensor& x,
+    const OptionalTensor& index, bool unit) {
+  const char* op = "hard_encode_backward";
+  STD_TORCH_CHECK(grad.dim() == 3, op, ": grad must be [B, K, D]");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Long && codes.dim() == 1, op, ": codes must be int64 [M]");
+  STD_TORCH_CHECK(!unit || x, op, ": unit rows need x");
+  const int64_t rows = codes.size(0), bags = grad.size(0), words = grad.size(1), dim = grad.size(2);
+  const Tensor offsets = checked_offsets(op, cu_seqlens, rows), code_kept = torch::stable::contiguous(codes);
+  STD_TORCH_CHECK(offsets.size(0) == bags + 1, op, ": cu_seqlens must have one entry more than grad has bags");
+  // the gradient of the bags, as rows of D: its format is that of the rows
+  const Tensor table = torch::stable::reshape(torch::stable::contiguous(grad), {bags * words, dim});
+  const RowSource gradient(op, table, dim, std::nullopt, std::nullopt, false);
+  const Format format = gradient.format();
+  STD_TORCH_CHECK(!has_scale(format), op, ": grad must be float32, float16 or bfloat16");
+  std::optional<RowSource> source;
+  if (unit) {
+    source.emplace(op, *x, dim, index, std::nullopt, false);
+    STD_TORCH_CHECK(source->rows() == rows, op, ": codes must have one entry for each of the ", source->rows(), " rows");
+  }
+
+  Tensor out = torch::stable::new_empty(grad, {rows, dim}, grad.scalar_type());
+  char* written = static_cast<char*>(out.mutable_data_ptr());
+  const auto* cu = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const auto* code = static_cast<const int64_t*>(code_kept.const_data_ptr());
+  const int64_t bytes = dim * element_bytes(format), total = cu[bags];
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(bytes, 1));
+  bool inside = true;
+  for (int64_t i = 0; i < total; ++i) inside = inside && code[i] < words;
+  STD_TORCH_CHECK(inside, op, ": codes must be below the ", words, " codewords");
+
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> g(unit ? padded(dim) : 0), y(g.size()), d(g.size());
+    int64_t bag = std::upper_bound(cu, cu + bags + 1, begin) - cu - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      while (bag < bags && i >= cu[bag + 1]) ++bag;
+      char* to = written + i * bytes;
+      const int64_t r = source ? source->at(i) : 0;
+      if (i >= total || code[i] < 0 || r < 0) {
+        std::memset(to, 0, bytes);
+        continue;
+      }
+      const int64_t cell = bag * words + code[i];
+      if (!unit) {
+        std::memcpy(to, gradient.stored(cell), bytes);
+        continue;
+      }
+      const float *gi = gradient.decoded(cell, g.data()), *xi = source->decoded(r, y.data());
+      encode_kernels_here().unit_backward(gi, xi, padded(dim), d.data());
+      store_as(format, d.data(), dim, to);
+    }
+  });
+  return out;
+}
+
+}  // namespace dre_fast
