@@ -137,6 +137,8 @@ def single_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_ptr,
     if bag == B:
         _mark_outside(codes_ptr, distances_ptr, first, end, ROWS)
         return
+    # scales below 16 go into fp16 as large as they can; those of e4m3 rows come times 2^8
+    SHIFT: tl.constexpr = 16.0 if x_ptr.dtype.element_ty == tl.uint8 else 4096.0
     DP: tl.constexpr = DT * TILES
     k = tl.arange(0, KP)
     d = tl.arange(0, DT)
@@ -215,7 +217,7 @@ def single_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_ptr,
         member = tl.where(live, code, KP)[None, :] == k[:, None]
         counts += tl.sum(member.to(tl.int32), 1)
         if weight is not None:
-            high, low = halves(weight if UNIT else weight * 4096.0, r)
+            high, low = halves(weight if UNIT else weight * SHIFT, r)
             high = tl.where(member, high[None, :], 0.0)
             low = tl.where(member, low[None, :], 0.0)
             acc0 = _add_weighted(high, low, x0, acc0)
@@ -233,7 +235,7 @@ def single_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_ptr,
         if index_ptr is None:
             rows += ROWS * step
 
-    FACTOR: tl.constexpr = 1.0 if UNIT or row_scale_ptr is None else 1.0 / 4096
+    FACTOR: tl.constexpr = 1.0 if UNIT or row_scale_ptr is None else 1.0 / SHIFT
     _store_sums(acc0 * FACTOR, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_counts_ptr, cu_ptr, bag, first, end, part, N, R,
                 0, 0, K, D, KP, DT, True)  # fmt: skip
     if TILES > 1:
@@ -328,6 +330,8 @@ def aggregate_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, wei
     if bag == B:
         _mark_outside(codes_ptr, distances_ptr, first, end, ROWS)
         return
+    # scales below 16 go into fp16 as large as they can; those of e4m3 rows come times 2^8
+    SHIFT: tl.constexpr = 16.0 if x_ptr.dtype.element_ty == tl.uint8 else 4096.0
     d0 = tl.program_id(1) * DT
     k0 = tl.program_id(2) * KT
     k = k0 + tl.arange(0, KT)
@@ -374,7 +378,7 @@ def aggregate_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, wei
                     tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
                 )
         elif row_scale_ptr is not None:
-            high, low = halves(_load_scale(row_scale_ptr, row, live, x_ptr) * 4096.0, r)
+            high, low = halves(_load_scale(row_scale_ptr, row, live, x_ptr) * SHIFT, r)
             acc = _add_weighted(
                 tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
             )
@@ -382,7 +386,7 @@ def aggregate_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, wei
             acc = tl.dot(member.to(x.dtype), x, acc, input_precision="ieee")
         if index_ptr is None:
             rows += ROWS * step
-    FACTOR: tl.constexpr = 1.0 / 4096 if row_scale_ptr is not None and weights_ptr is None else 1.0
+    FACTOR: tl.constexpr = 1.0 / SHIFT if row_scale_ptr is not None and weights_ptr is None else 1.0
     # Every tile over D counts the same members and stores the same numbers.
     _store_sums(acc * FACTOR, counts, c_ptr, V_ptr, counts_ptr, partial_ptr, partial_counts_ptr, cu_ptr, bag, first, end, part, N, R,
                 k0, d0, K, D, KT, DT, True)  # fmt: skip

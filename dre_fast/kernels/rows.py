@@ -37,13 +37,15 @@ def operand(x):
 def add_squares(x, total, large):
     """Add the sums of squares of a tile's rows [R, D] to ``total`` [R]; to ``large`` those of x / 2^64.
 
-    The second is for rows whose squares overflow fp32, which fp16 values never do.
+    The second is for rows whose squares overflow fp32; of fp16 values only infinite ones do, and may stay so.
     """
     values = x.to(tl.float32)
     total += tl.sum(values * values, 1)
     if x.dtype != tl.float16:
         values = values * 2.0**-64
         large += tl.sum(values * values, 1)
+    else:
+        large = total
     return total, large
 
 
