@@ -1,37 +1,30 @@
-"""Fit a codebook to rows in memory or in a bank, a chunk at a time."""
+"""Fit a codebook to rows in memory, in a bank or on disk, a chunk at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dre_fast.codebook_rows import CHUNK, Chunk, bag_weights, chunks, row_chunks, survey
+from dre_fast.codebook_start import INITS, start
 from dre_fast.ops import encode as ops
 from dre_fast.progress import progress
-from dre_fast.reference.kmeans import kmeans_plus_plus, nearest_distances, reseed_empty
+from dre_fast.reference.kmeans import reseed_empty
+from dre_fast.reference.rows import add_rows
+from dre_fast.reference.sampling import permute
 
-CHUNK = 65536
-_SAMPLE_PER_CODEWORD = 256  # k-means++ sees at most this many rows for each codeword
-_CANDIDATES = 1024  # farthest rows kept to re-seed empty codewords from
+__all__ = ["CHUNK", "bag_weights", "fit_codebook", "row_chunks"]
 
-
-class RowBank(Protocol):
-    """Yields its rows as float chunks [n, D] of at most ``chunk`` rows, in the same order each time."""
-
-    def iter_rows(self, chunk: int = CHUNK) -> Iterator[Tensor]: ...
-
-
-def row_chunks(rows: Tensor | RowBank) -> Iterator[Tensor]:
-    """fp32 chunks [n, D] of a tensor [N, D] or a bank, without gradient; empty ones are left out."""
-    for part in rows.split(CHUNK) if isinstance(rows, Tensor) else rows.iter_rows(CHUNK):
-        if len(part):
-            yield part.detach().float()
+_SAMPLE_PER_CODEWORD = 256  # k-means++ sees at most this many rows for each codeword,
+_SAMPLE = 65536  # and at most this many in all, unless there are more codewords than a sixteenth of it
+_FARTHEST = 1024  # rows kept in a pass to re-seed empty codewords from
 
 
 def fit_codebook(
-    rows_or_bank: Tensor | RowBank,
+    rows_or_bank: Any,
     codewords: int,
     *,
     init: str = "k-means++",
@@ -39,133 +32,225 @@ def fit_codebook(
     warm_start: Tensor | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
+    weights: Tensor | None = None,
+    batch_size: int | None = None,
+    history: list[float] | None = None,
 ) -> tuple[Tensor, float]:
-    """Fit K codewords to rows by k-means: k-means++ start, then Lloyd steps.
+    """Fit K codewords to rows by k-means: a start, then Lloyd or mini-batch steps.
 
-    Rows pass through in chunks of 65,536 and are never copied whole. The k-means++ start looks at a seeded
-    uniform sample of at most 256 rows a codeword (all rows when there are fewer); Lloyd steps see every row.
-    A codeword left empty moves to the row farthest from all codewords, the same one on every run; with fewer
-    distinct rows than codewords the ones left over stay where they are, unused.
+    Rows pass through in chunks of 65,536 in their own dtype and are never copied whole; each pass is one hard
+    encoding. A codeword left empty moves to the row farthest from its codeword, the same one on every run; with fewer
+    distinct rows than codewords the ones left over stay where they are, unused. The cut into chunks changes a
+    codebook only by the rounding of fp32 sums.
 
     Args:
-        rows_or_bank: [N, D], any float dtype, or a bank with ``iter_rows(chunk)`` such as
-            :class:`~dre_fast.MemoryBank` (its written rows).
+        rows_or_bank: a tensor [N, D] of any float dtype; a :class:`~dre_fast.MemoryBank` (its written rows, read as
+            they are stored); any array [N, D] that slices, read a slice at a time (numpy, ``np.load(...,
+            mmap_mode="r")``, an HDF5 or zarr dataset); or an object whose ``__iter__`` gives chunks [n, D], each time
+            from the start.
         codewords: K <= N.
-        init: ``"k-means++"`` or ``"random"`` (K rows of the sample); not used with ``warm_start``.
-        iterations: Lloyd steps at most; 0 returns the start.
+        init: ``"k-means++"`` on a seeded uniform sample (at most 256 rows a codeword and 65,536 in all, or 16 rows a
+            codeword where that is more); ``"k-means||"`` over all rows, seven passes, better on many small clusters;
+            ``"random"``: K rows. Not used with ``warm_start``.
+        iterations: Lloyd steps, or mini-batches, at most; 0 returns the start.
         warm_start: [K, D] codebook to go on from. Codeword k stays codeword k, so codes and running sums keep
             their meaning while the features drift; only empty codewords jump.
-        seed: seed of the sample and the start.
-        tolerance: stop when the codewords together move, in squared distance, by at most this share of the
-            rows' mean variance per dimension.
+        seed: seed of the sample, the start and the mini-batches.
+        tolerance: stop Lloyd steps when the codewords together move, in squared distance, by at most this share of the
+            rows' mean variance per dimension (of the sample).
+        weights: [N], >= 0, how much each row counts, in the order the rows come.
+            :func:`~dre_fast.codebook.bag_weights` makes every bag count equally.
+        batch_size: rows of a mini-batch. Batches run through a seeded permutation of the rows, so all are seen once
+            before any is seen again. Tensors and banks only, without weights; a bank's row numbers (8 bytes a row) are
+            then held.
+        history: receives the inertia before each Lloyd step (for mini-batches that of the batch times N / batch_size)
+            and at the end.
 
     Returns:
-        Codebook fp32 [K, D] on the device of the rows, and inertia: sum_i min_k ||x_i - c_k||^2.
+        Codebook fp32 [K, D] on the device of the rows, and inertia: sum_i w_i min_k ||x_i - c_k||^2.
 
     Raises:
-        ValueError: fewer rows than codewords, NaN or Inf in a row (named), a warm start of another shape,
-            negative iterations, or an unknown init.
+        ValueError: fewer rows than codewords, NaN or Inf in a row (named), a warm start or weights that do not fit,
+            negative iterations, an unknown init, rows that can be gone through only once.
 
-    Source: DRE-SLCL, arXiv 2511.05034 (k-means on bank rows); Arthur & Vassilvitskii 2007 (start); Lloyd
-    1982.
+    Source: DRE-SLCL, arXiv 2511.05034 (k-means on bank rows); Arthur & Vassilvitskii 2007, Bahmani et al.
+    2012 (starts); Lloyd 1982; Sculley 2010 (mini-batches).
     """
-    if init not in ("k-means++", "random"):
-        raise ValueError(f"fit_codebook: init must be 'k-means++' or 'random', got {init!r}")
+    if init not in INITS:
+        raise ValueError(f"fit_codebook: init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
     if codewords < 1:
         raise ValueError(f"fit_codebook: codewords must be at least 1, got {codewords}")
     if iterations < 0:
         raise ValueError(f"fit_codebook: iterations must be at least 0, got {iterations}")
-    generator = torch.Generator().manual_seed(seed)
-    sample, count, variance = _survey(rows_or_bank, _SAMPLE_PER_CODEWORD * codewords, generator)
-    if count < codewords:
+    if batch_size is not None:
+        _check_batches(rows_or_bank, batch_size, weights)
+    want = min(_SAMPLE_PER_CODEWORD * codewords, max(_SAMPLE, 16 * codewords))
+    seen = survey(rows_or_bank, want, seed, weights)
+    if seen.count < codewords:
         raise ValueError(
-            f"fit_codebook: {codewords} codewords need at least as many rows, got {count}; "
+            f"fit_codebook: {codewords} codewords need at least as many rows, got {seen.count}; "
             "ask for fewer codewords or pass more rows"
         )
-    if warm_start is not None:
-        if warm_start.shape != (codewords, sample.shape[1]):
-            raise ValueError(
-                f"fit_codebook: warm_start must be {(codewords, sample.shape[1])}, "
-                f"got {tuple(warm_start.shape)}"
-            )
-        if not torch.isfinite(warm_start).all():
-            raise ValueError("fit_codebook: warm_start holds NaN or Inf")
-        codebook = warm_start.detach().to(sample).clone()
-    elif init == "random":
-        codebook = sample[
-            torch.randperm(len(sample), generator=generator)[:codewords].to(sample.device)
-        ].clone()
+    if warm_start is None:
+        codebook = start(rows_or_bank, seen, codewords, init, seed, weights)
     else:
-        codebook = kmeans_plus_plus(sample, codewords, generator)
+        codebook = _checked_warm_start(warm_start, codewords, seen.sample)
+    trace: list[float] = [] if history is None else history
+    if batch_size is None:
+        codebook = _lloyd(rows_or_bank, codebook, iterations, tolerance * seen.variance, weights, trace)
+    else:
+        codebook = _mini_batches(rows_or_bank, codebook, iterations, batch_size, seed, seen.count, trace)
+    inertia = torch.zeros((), dtype=torch.float64, device=codebook.device)
+    for chunk in chunks(rows_or_bank):
+        distance = ops.nearest(chunk.x, chunk.index, chunk.row_scale, codebook)[1]
+        each = _of(weights, chunk)
+        inertia += distance.sum(dtype=torch.float64) if each is None else (distance.double() * each).sum()
+    trace.append(float(inertia))
+    return codebook, float(inertia)
+
+
+def _checked_warm_start(warm_start: Tensor, codewords: int, sample: Tensor) -> Tensor:
+    if warm_start.shape != (codewords, sample.shape[1]):
+        raise ValueError(
+            f"fit_codebook: warm_start must be {(codewords, sample.shape[1])}, got {tuple(warm_start.shape)}"
+        )
+    if not torch.isfinite(warm_start).all():
+        raise ValueError("fit_codebook: warm_start holds NaN or Inf")
+    return warm_start.detach().to(sample).clone()
+
+
+def _of(weights: Tensor | None, chunk: Chunk) -> Tensor | None:
+    """Weights of a chunk's rows, float64 [n], where there are weights."""
+    if weights is None:
+        return None
+    return weights[chunk.first : chunk.first + len(chunk)].to(chunk.x.device, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ Lloyd steps
+
+
+def _lloyd(
+    rows: Any, codebook: Tensor, iterations: int, enough: float, weights: Tensor | None, trace: list[float]
+) -> Tensor:
     for _ in progress(range(iterations), "k-means", unit="pass"):
-        moved, counts = _lloyd_pass(rows_or_bank, codebook)
-        if (counts == 0).any():
-            moved = _reseed(rows_or_bank, moved, counts)
+        one = _Pass(codebook)
+        for chunk in chunks(rows):
+            one.add(chunk, _of(weights, chunk))
+        trace.append(float(one.inertia))
+        moved = one.codebook()
         shift = float((moved - codebook).square().sum())
         codebook = moved
-        if shift <= tolerance * variance:
+        if shift <= enough:
             break
-    inertia = 0.0
-    for part in row_chunks(rows_or_bank):
-        inertia += float(nearest_distances(part, codebook).sum(dtype=torch.float64))
-    return codebook, inertia
+    return codebook
 
 
-def _survey(rows: Tensor | RowBank, want: int, generator: torch.Generator) -> tuple[Tensor, int, float]:
-    """One pass: a uniform sample of at most ``want`` rows, the number of rows, their variance per dimension.
+class _Pass:
+    """One pass over rows: residual sums, members, inertia, and the rows farthest from their codewords."""
 
-    Raises:
-        ValueError: a tensor that is not floating point [N, D], or NaN or Inf in a row (named).
-    """
-    if isinstance(rows, Tensor) and (rows.dim() != 2 or not rows.is_floating_point()):
-        raise ValueError(
-            f"fit_codebook: rows must be floating point [N, D], got {rows.dtype} {tuple(rows.shape)}"
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+        self.sums = torch.zeros_like(start, dtype=torch.float64)
+        self.members = torch.zeros(len(start), 1, dtype=torch.float64, device=start.device)
+        self.inertia = torch.zeros((), dtype=torch.float64, device=start.device)
+        self.far = start.new_zeros(0, start.shape[1])
+        self.far_distance = start.new_zeros(0)
+
+    def add(self, chunk: Chunk, weights: Tensor | None) -> None:
+        residuals, members, codes, distance = ops.encode_one_bag(
+            chunk.x, chunk.index, chunk.row_scale, self.start
         )
-    count = 0
-    keys, sample, total, squares = torch.empty(0, dtype=torch.float64), None, None, 0.0
-    for part in row_chunks(rows):
-        if not torch.isfinite(part).all():
-            row = count + int((~torch.isfinite(part).all(dim=1)).nonzero()[0, 0])
-            raise ValueError(f"fit_codebook: row {row} holds NaN or Inf; drop such rows first")
-        # each row draws a key, the smallest keys stay: a uniform sample without knowing N beforehand
-        drawn = torch.rand(len(part), generator=generator, dtype=torch.float64)
-        small = drawn.argsort(stable=True)[:want].sort().values
-        few = part[small.to(part.device)]
-        keys, sample = torch.cat([keys, drawn[small]]), few if sample is None else torch.cat([sample, few])
-        kept = keys.argsort(stable=True)[:want].sort().values
-        keys, sample = keys[kept], sample[kept.to(sample.device)]
-        count += len(part)
-        summed = part.sum(dim=0, dtype=torch.float64)
-        total = summed if total is None else total + summed
-        squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-    if sample is None or total is None:
-        raise ValueError("fit_codebook: there are no rows to fit")
-    variance = (squares / count - float((total / count).square().sum())) / sample.shape[1]
-    return sample, count, max(variance, 0.0)
+        if weights is None:
+            self.sums += residuals
+            self.members += members[:, None]
+            self.inertia += distance.sum(dtype=torch.float64)
+        else:
+            # the op adds residuals up by known codes: here they are those of the rows, times their weights
+            weighted = (chunk.values() - self.start[codes]).double() * weights[:, None]
+            self.sums += ops.encode_known(weighted.float(), codes, len(self.start))
+            add_rows(self.members, codes, weights[:, None])
+            self.inertia += (distance.double() * weights).sum()
+            distance = torch.where(weights > 0, distance, 0.0)
+        self._keep_farthest(chunk, distance)
+
+    def _keep_farthest(self, chunk: Chunk, distance: Tensor) -> None:
+        """More rows than could be wanted; equal distances in the order of the rows."""
+        top, place = distance.topk(min(_FARTHEST, len(distance)), sorted=False)
+        place, order = place.sort()
+        far = torch.cat([self.far_distance, top[order]])
+        best = far.argsort(descending=True, stable=True)[:_FARTHEST]
+        self.far_distance = far[best]
+        self.far = torch.cat([self.far, chunk.values(place)])[best]
+
+    def codebook(self) -> Tensor:
+        """Each codeword at the mean of its rows; empty ones on the farthest rows."""
+        full = self.members > 0
+        # where() for the divisor: the weights of a codeword may be as small as they like
+        moved = (self.start + self.sums / torch.where(full, self.members, 1.0)).float()
+        if bool(full.all()):
+            return moved
+        # how far the rows are from where the others have moved, not from where they were
+        distance = ops.nearest(self.far, None, None, moved[full[:, 0]])[1]
+        return reseed_empty(moved, full[:, 0], self.far, distance)
 
 
-def _lloyd_pass(rows: Tensor | RowBank, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Each codeword moves to the mean of its rows: one encode pass, residual sums added up in float64."""
-    sums, counts = torch.zeros_like(codebook, dtype=torch.float64), None
-    for part in row_chunks(rows):
-        one_bag = torch.tensor([0, len(part)], device=part.device)
-        residuals, members, *_ = ops.hard_encode(part, codebook, one_bag)
-        sums += residuals[0]
-        counts = members[0] if counts is None else counts + members[0]
-    assert counts is not None
-    return (codebook + sums / counts.clamp(min=1)[:, None]).float(), counts
+# ----------------------------------------------------------------------------------------------- mini-batches
 
 
-def _reseed(rows: Tensor | RowBank, codebook: Tensor, counts: Tensor) -> Tensor:
-    """Empty codewords onto the farthest rows, found in one pass."""
-    far = far_distance = None
-    for part in row_chunks(rows):
-        distance = nearest_distances(part, codebook)
-        if far is not None and far_distance is not None:
-            part, distance = torch.cat([far, part]), torch.cat([far_distance, distance])
-        # a stable sort: among equal distances the earlier row stays in front
-        order = distance.argsort(descending=True, stable=True)[:_CANDIDATES]
-        far, far_distance = part[order], distance[order]
-    assert far is not None
-    assert far_distance is not None
-    return reseed_empty(codebook, counts, far, far_distance)
+def _check_batches(rows: Any, batch_size: int, weights: Tensor | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"fit_codebook: batch_size must be at least 1, got {batch_size}")
+    if weights is not None:
+        raise ValueError("fit_codebook: mini-batches take no weights; leave batch_size out for Lloyd steps")
+    if not isinstance(rows, Tensor) and not hasattr(rows, "iter_stored"):
+        raise ValueError(
+            "fit_codebook: mini-batches take rows in any order, so they need a tensor or a bank; leave batch_size "
+            "out to go through a stream"
+        )
+
+
+def _mini_batches(
+    rows: Any,
+    codebook: Tensor,
+    iterations: int,
+    batch_size: int,
+    seed: int,
+    count: int,
+    trace: list[float],
+) -> Tensor:
+    """c_k moves to the mean of all rows it was given so far: the learning rate of codeword k is 1 / its members."""
+    members = torch.zeros(len(codebook), 1, dtype=torch.float64, device=codebook.device)
+    batches = _batches(rows, batch_size, seed, count)
+    given = 0
+    for _ in progress(range(iterations), "k-means", unit="batch"):
+        batch = next(batches)
+        one = _Pass(codebook)
+        one.add(batch, None)
+        members += one.members
+        given += len(batch)
+        trace.append(float(one.inertia) * count / len(batch))
+        codebook = (codebook + one.sums / members.clamp(min=1)).float()
+        if given >= 10 * len(codebook) and not bool((members > 0).all()):
+            full = members > 0
+            after = _Pass(codebook[full[:, 0]])
+            after.add(batch, None)
+            codebook = reseed_empty(codebook, full[:, 0], after.far, after.far_distance)
+            members = members + ~full  # a new place counts as one row, so that it can move on
+    return codebook
+
+
+def _batches(rows: Any, size: int, seed: int, count: int) -> Iterator[Chunk]:
+    """Chunks of at most ``size`` rows in the order of a permutation, a new one for every turn through all rows."""
+    if isinstance(rows, Tensor):
+        x, numbers, row_scale, dim = next(chunks(rows, count)).x, None, None, rows.shape[1]
+    else:
+        stored = list(rows.iter_stored(CHUNK))
+        (x, row_scale, _), dim = stored[0], rows.dim
+        numbers = torch.cat([index for *_, index in stored])
+    cycle = 0
+    while True:
+        for first in range(0, count, size):
+            position = torch.arange(first, min(first + size, count), device=x.device)
+            index = permute(position, count, seed, cycle, 0)
+            yield Chunk(first, dim, x, index if numbers is None else numbers[index], row_scale)
+        cycle += 1

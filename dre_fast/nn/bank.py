@@ -131,6 +131,25 @@ class MemoryBank(BankTables):
             if rows.numel():
                 yield ops.read(self.payload, self.scale, rows, self.dim)
 
+    @torch.no_grad()
+    def iter_stored(self, chunk: int = 65536) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """The written rows in slide order where they lie: (payload, scale or None, row numbers int64 [n])."""
+        scale = self.scale if has_scale(self.payload.dtype) else None
+        for _, rows in self._row_chunks(chunk):
+            if rows.numel():
+                yield self.payload, scale, rows
+
+    @torch.no_grad()
+    def slide_weights(self) -> Tensor:
+        """Weights for :func:`dre_fast.fit_codebook` by which every slide counts equally, fp32 [written rows].
+
+        A written row of slide s weighs N / (S' n_s): N written rows in all, n_s of the slide, S' slides that
+        have any. In the order of :meth:`iter_rows`.
+        """
+        slides = torch.cat([slide for slide, _ in self._row_chunks(65536)] or [self.start[:0]])
+        written = torch.bincount(slides, minlength=self.num_slides)
+        return (len(slides) / (int((written > 0).sum()) * written.double()))[slides].float()
+
     def sums(self, slide: int) -> Tensor:
         """Sums of a slide's written rows by codeword: int64 [K, D] in units of 2^-24, a copy."""
         return self.slide_sums[self._known(slide)].clone()

@@ -427,3 +427,27 @@ def assign_stored(payload: Tensor, row_scale: Tensor | None, index: Tensor, code
     """
     one_bag = torch.arange(2, device=index.device) * index.shape[0]
     return _hard_op(payload, codebook, one_bag, index, row_scale)[2].to(torch.int16)
+
+
+def encode_one_bag(
+    x: Tensor, index: Tensor | None, row_scale: Tensor | None, codebook: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """V [K, D], counts [K], codes [M] and squared distances [M] of rows of one bag, without gradient."""
+    count = (x if index is None else index).shape[0]
+    one_bag = torch.arange(2, device=x.device) * count
+    residuals, counts, codes, distances = _hard_op(x, codebook, one_bag, index, row_scale, None, False, True)
+    return residuals[0], counts[0], codes, distances
+
+
+def nearest(
+    x: Tensor, index: Tensor | None, row_scale: Tensor | None, codebook: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Nearest codeword int64 [M] of each row, and its squared distance [M], without gradient."""
+    return encode_one_bag(x, index, row_scale, codebook)[2:]
+
+
+def encode_known(x: Tensor, codes: Tensor, codewords: int) -> Tensor:
+    """Sums [K, D] of the rows x [N, D] of each code: codes int64 [N] in [0, K), K at most 32767."""
+    origin = x.new_zeros(codewords, x.shape[1])
+    one_bag = torch.arange(2, device=x.device) * x.shape[0]
+    return _hard_op(x, origin, one_bag, None, None, codes.to(torch.int16))[0][0]

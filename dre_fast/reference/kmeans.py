@@ -11,7 +11,9 @@ from torch import Tensor
 from dre_fast.reference.encode import full_precision, hard_assign, hard_encode, squared_distances
 
 
-def kmeans_plus_plus(rows: Tensor, codewords: int, generator: torch.Generator) -> Tensor:
+def kmeans_plus_plus(
+    rows: Tensor, codewords: int, generator: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
     """k-means++ start: each codeword is a row drawn with probability proportional to its squared distance.
 
     Of 2 + ln K draws the one that lowers the inertia most is kept (the greedy form; Arthur & Vassilvitskii
@@ -21,26 +23,35 @@ def kmeans_plus_plus(rows: Tensor, codewords: int, generator: torch.Generator) -
         rows: [N, D] with N >= codewords, fp32 or float64.
         codewords: K.
         generator: CPU generator.
+        weights: [N], >= 0 and not all 0, how many rows each stands for (default: one).
 
     Returns:
         [K, D]: rows of the input. Rows repeat only when fewer than K distinct ones exist.
     """
     trials = 2 + int(math.log(codewords))
-    chosen = [int(torch.randint(len(rows), (1,), generator=generator))]
+    if weights is None:
+        weights = rows.new_ones(len(rows), dtype=torch.float64)
+    weights = weights.to(rows.device, torch.float64)
+    chosen = [int(_draw(weights, 1, generator))]
     with full_precision(rows):
         distance = squared_distances(rows, rows[chosen]).clamp(min=0)[:, 0]
         for _ in range(1, codewords):
-            # on the CPU in float64: a cumulative sum in another order would draw another row
-            cumulative = distance.double().cpu().cumsum(0)
-            draws = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
-            candidates = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(rows) - 1)
-            candidates = candidates.to(rows.device)
+            candidates = _draw(distance * weights, trials, generator)
             reach = squared_distances(rows, rows[candidates]).clamp(min=0)
             reach = torch.minimum(reach, distance[:, None])
-            best = int(reduce(reach, "n t -> t", "sum").argmin())
+            best = int((weights @ reach.double()).argmin())
             distance = reach[:, best]
             chosen.append(int(candidates[best]))
     return rows[chosen].clone()
+
+
+def _draw(chances: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers drawn in proportion to ``chances`` [N], with replacement, int64 [count]."""
+    # on the CPU in float64: a cumulative sum in another order would draw another row
+    cumulative = chances.double().cpu().cumsum(0)
+    draws = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
+    drawn = torch.searchsorted(cumulative, draws, right=True)
+    return drawn.clamp(max=len(chances) - 1).to(chances.device)
 
 
 def lloyd_step(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

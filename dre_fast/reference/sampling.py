@@ -153,3 +153,15 @@ def tiles_at(
     positions = torch.where(offsets < n, ((visit % visits) * m + offsets) % n.clamp(min=1), -1)
     tiles = permute(positions, n, seed, torch.div(visit, visits, rounding_mode="floor"), slides[:, None])
     return torch.where(positions >= 0, tiles, -1)
+
+
+def hashed_uniform(first: int, count: int, seed: int, stream: int = 0) -> Tensor:
+    """Uniform numbers of the rows first .. first + count - 1: float64 [count] in [0, 1), multiples of 2^-32.
+
+    A function of row, seed and stream alone, so rows may come in chunks of any size. On the CPU.
+    """
+    rows = torch.arange(first, first + count)
+    start = torch.tensor([stream], dtype=torch.int64)
+    key = _key(seed, start, torch.zeros_like(start))
+    lo, hi = _words(rows)
+    return _mix((_mix((lo + key) & _U32) + hi * _GOLDEN + key) & _U32).double() / 2.0**32

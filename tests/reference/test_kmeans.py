@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dre_fast import codebook as fitting
+from dre_fast import codebook_rows as fitting
 from dre_fast import fit_codebook
 from dre_fast.reference import kmeans
 
@@ -102,7 +102,7 @@ def test_seed_decides() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("init", ["k-means++", "random"])
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
 def test_chunks_and_banks_give_what_one_tensor_gives(monkeypatch: pytest.MonkeyPatch, init: str) -> None:
     rows = clusters(6, 150, 8, 0.5)
     whole, inertia = fit_codebook(rows, 7, init=init)
@@ -120,8 +120,9 @@ def test_sample_is_uniform_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.arange(5000.0)[:, None]
     hits = torch.zeros(5000)
     for seed in range(100):
-        sample, count, _ = fitting._survey(rows, 500, torch.Generator().manual_seed(seed))
-        assert count == 5000
+        seen = fitting.survey(rows, 500, seed, None)
+        sample = seen.sample
+        assert seen.count == 5000
         assert sample.shape == (500, 1)
         assert (sample[1:] > sample[:-1]).all()  # distinct, in order
         hits[sample[:, 0].long()] += 1
@@ -175,7 +176,9 @@ def test_errors() -> None:
         fit_codebook(rows, 21)
     with pytest.raises(ValueError, match="at least 1"):
         fit_codebook(rows, 0)
-    with pytest.raises(ValueError, match="'k-means\\+\\+' or 'random'"):
+    with pytest.raises(
+        ValueError, match="'k-means\\+\\+', 'k-means||', 'random', got 'pca'".replace("|", "\\|")
+    ):
         fit_codebook(rows, 2, init="pca")
     with pytest.raises(ValueError, match=r"warm_start must be \(2, 4\), got \(3, 4\)"):
         fit_codebook(rows, 2, warm_start=rows[:3])
