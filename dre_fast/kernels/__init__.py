@@ -2,6 +2,13 @@
 
 from dre_fast.kernels.hard_backward import hard_encode_backward
 from dre_fast.kernels.hard_encode import hard_encode
+from dre_fast.kernels.normalize import normalize_residuals, normalize_residuals_backward
 from dre_fast.kernels.permute import bank_tiles
 
-__all__ = ["bank_tiles", "hard_encode", "hard_encode_backward"]
+__all__ = [
+    "bank_tiles",
+    "hard_encode",
+    "hard_encode_backward",
+    "normalize_residuals",
+    "normalize_residuals_backward",
+]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dre_fast.codebook import CHUNK, fit_codebook, row_chunks
 from dre_fast.ops import encode as ops
+from dre_fast.ops.normalize import normalize_residuals
 from dre_fast.reference.encode import (
     l2_normalize,
     normalization_steps,
-    normalize_residuals,
     squared_distances,
 )
 from dre_fast.reference.layout import as_ragged, bag_of_row

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.encoding import residual_encode
 from dre_fast.nn.slide_encoder import SlideEncoder
-from dre_fast.reference.encode import l2_normalize, normalization_steps, normalize_residuals
+from dre_fast.ops.normalize import normalize_residuals
+from dre_fast.reference.encode import l2_normalize, normalization_steps
 
 
 @dataclass

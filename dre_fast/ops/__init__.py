@@ -8,10 +8,10 @@ def backends() -> dict[str, str]:
 
     "reference" is plain torch (:mod:`dre_fast.reference`). Encoding in float64 always runs the reference.
     """
-    from dre_fast.ops import bank, contrast, encode
+    from dre_fast.ops import bank, contrast, encode, normalize
 
     chosen = {}
-    for module in (encode, bank, contrast):
+    for module in (encode, normalize, bank, contrast):
         for name in module.NAMES:
             chosen[name] = f"CPU: {module.backend(name, 'cpu')}, CUDA: {module.backend(name, 'cuda')}"
     return chosen

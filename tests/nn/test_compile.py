@@ -17,7 +17,7 @@ from dre_fast import (
     reference,
     residual_encode,
 )
-from dre_fast.ops import contrast, encode
+from dre_fast.ops import contrast, encode, native, normalize
 
 OPS = torch.ops.dre_fast
 CU = torch.tensor([0, 3, 3, 20])
@@ -171,10 +171,12 @@ def test_loss_compiles(kind: str, negatives: str) -> None:
 
 def test_backends_are_named() -> None:
     chosen = ops.backends()
-    assert chosen["hard_encode"] == "CPU: reference, CUDA: Triton"
-    assert set(encode.NAMES) | set(contrast.NAMES) <= set(chosen)
+    compiled = "C++" if native.provides("hard_encode") else "reference"
+    assert chosen["hard_encode"] == f"CPU: {compiled}, CUDA: Triton"
+    assert chosen["normalize_residuals"] == "CPU: reference, CUDA: Triton"
+    assert set(encode.NAMES) | set(contrast.NAMES) | set(normalize.NAMES) <= set(chosen)
     assert encode.backend("hard_encode", "cuda", torch.float64) == "reference"
-    for module in (encode, contrast):
+    for module in (encode, contrast, normalize):
         with pytest.raises(ValueError, match="called 'nothing'"):
             module.backend("nothing")
 
