@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -101,13 +102,15 @@ def _one_process(rank: int, world: int, folder: str, assignment: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
-    try:
-        model = nn.parallel.DistributedDataParallel(Model(assignment))
-        found = gradients(model, model, *bags(rank))
-        if rank == 0:
-            torch.save(found, os.path.join(folder, "gradients.pt"))
-    finally:
-        torch.distributed.destroy_process_group()
+    model = nn.parallel.DistributedDataParallel(Model(assignment))
+    found = gradients(model, model, *bags(rank))
+    if rank == 0:
+        torch.save(found, os.path.join(folder, "gradients.pt"))
+    # gloo's threads must be gone, with all that holds the group, before the process may exit
+    del model
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
