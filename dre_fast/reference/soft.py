@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from einops import einsum, reduce
 from torch import Tensor
+from torch.nn.functional import linear
 
 from dre_fast.reference.rows import (
     RowSource,
-    chunks,
     compute_dtype,
     full_precision,
     l2_normalize_backward,
 )
 
+# rows x features taken at once: with what is computed of them they stay in a second-level cache
+_CHUNK_ENTRIES = 1 << 18
+
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
     """||x_i - c_k||^2 [N, K] in the form |x|^2 - 2 x.c + |c|^2, which needs no N x K x D."""
-    square = reduce(x * x, "n d -> n 1", "sum")
-    return square - 2 * x @ codebook.T + reduce(codebook * codebook, "k d -> k", "sum")
-
-
-def _logits(
-    x: Tensor, codebook: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    if scale is not None:
-        return -scale * squared_distances(x, codebook)
-    assert weight is not None
-    product = x @ weight.T
-    return product if bias is None else product + bias
+    square = reduce(codebook * codebook, "k d -> k", "sum")
+    return torch.addmm(square, x, -2 * codebook.T) + reduce(x * x, "n d -> n 1", "sum")
 
 
 def soft_assign(
@@ -49,9 +43,12 @@ def soft_assign(
     Returns fp32 (float64 for float64 x). Materialises N x K: :func:`soft_encode` calls it on bounded chunks.
     """
     dtype = compute_dtype(x)
+    x, codebook = x.to(dtype), codebook.to(dtype)
     with full_precision(x):
-        parameters = [t if t is None else t.to(dtype) for t in (scale, weight, bias)]
-        return _logits(x.to(dtype), codebook.to(dtype), *parameters).softmax(dim=1)
+        if scale is not None:
+            return (-scale.to(dtype) * squared_distances(x, codebook)).softmax(dim=1)
+        assert weight is not None
+        return linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).softmax(dim=1)
 
 
 def soft_encode(
@@ -87,12 +84,12 @@ def soft_encode(
         for start, stop in _bounds(cu_seqlens):
             total = torch.zeros(centre.shape, dtype=dtype, device=x.device)
             mass = torch.zeros(words, dtype=dtype, device=x.device)
-            for rows in chunks(start, stop, words):
+            for rows in _chunks(start, stop, *centre.shape):
                 block = source[rows]
                 a = soft_assign(block, codebook, scale, weight, bias)
                 if taken is not None:
                     a = torch.where(taken[rows, None], a, 0.0)
-                total = total + einsum(a, block, "n k, n d -> k d")
+                total = torch.addmm(total, a.T, block)
                 mass = mass + reduce(a, "n k -> k", "sum")
             sums.append(total - mass[:, None] * centre)
             masses.append(mass)
@@ -136,40 +133,54 @@ def soft_encode_backward(
     d_codebook = -einsum(mass.to(dtype), grad, "b k, b k d -> k d")
     row_dtype = x.dtype if row_scale is None else dtype
     d_rows = torch.zeros((len(source), centre.shape[1]) if rows else (0,), dtype=row_dtype, device=x.device)
-    d_scale = centre.new_zeros(words if scale is not None else 0)
-    d_weight = centre.new_zeros(centre.shape if weight is not None else (0,))
-    d_bias = centre.new_zeros(words if bias is not None else 0)
+    d_points, d_offset, d_scale = torch.zeros_like(centre), centre.new_zeros(words), centre.new_zeros(words)
     with full_precision(x):
         s, w, b = (t if t is None else t.to(dtype) for t in (scale, weight, bias))
+        # logits and distances are products with -2 C, or logits products with w
+        points = w if s is None else -2 * centre
+        assert points is not None
+        square = b if s is None else reduce(centre * centre, "k d -> k", "sum")
         for bag, (start, stop) in enumerate(_bounds(cu_seqlens)):
             g = grad[bag]
             offset = grad_mass[bag] - einsum(g, centre, "k d, k d -> k")
-            for part in chunks(start, stop, words):
+            for part in _chunks(start, stop, *centre.shape):
                 block = source[part]
-                a = _logits(block, centre, s, w, b).softmax(dim=1)
+                logit = linear(block, points, square)
+                if s is not None:
+                    distance = logit + reduce(block * block, "n d -> n 1", "sum")
+                    logit = -s * distance
+                a = logit.softmax(dim=1)
                 if taken is not None:
                     a = torch.where(taken[part, None], a, 0.0)
-                d_a = block @ g.T + offset  # dL/da_ik = g_k.(x_i - c_k) + grad_mass_k
-                d_logit = a * (d_a - reduce(a * d_a, "n k -> n 1", "sum"))
-                d_block = a @ g
+                d_a = linear(block, g, offset)  # dL/da_ik = g_k.(x_i - c_k) + grad_mass_k
+                d_logit = torch._softmax_backward_data(d_a, a, 1, dtype)  # a (d_a - sum_k a d_a)
                 if s is not None:
-                    d_distance = -s * d_logit
-                    d_scale -= reduce(d_logit * squared_distances(block, centre), "n k -> k", "sum")
-                    d_block += 2 * (reduce(d_distance, "n k -> n 1", "sum") * block - d_distance @ centre)
-                    d_codebook += 2 * (
-                        reduce(d_distance, "n k -> k 1", "sum") * centre - d_distance.T @ block
-                    )
-                else:
-                    assert w is not None
-                    d_weight += d_logit.T @ block
-                    d_block += d_logit @ w
-                    if b is not None:
-                        d_bias += reduce(d_logit, "n k -> k", "sum")
+                    d_scale -= reduce(d_logit * distance, "n k -> k", "sum")
+                    d_logit *= -s  # from here on the gradient of the distance
+                d_points.addmm_(d_logit.T, block)
+                d_offset += reduce(d_logit, "n k -> k", "sum")
                 if rows:
+                    d_block = torch.addmm(a @ g, d_logit, points)
+                    if s is not None:
+                        d_block.addcmul_(block, reduce(d_logit, "n k -> n 1", "sum"), value=2)
                     if unit:
                         d_block = l2_normalize_backward(d_block, source.stored(part))
-                    d_rows[part] = d_block.to(row_dtype)
-    return d_rows, d_codebook, d_scale, d_weight, d_bias
+                    d_rows[part] = d_block
+    if s is not None:
+        d_codebook += 2 * (d_offset[:, None] * centre - d_points)
+    return (
+        d_rows,
+        d_codebook,
+        d_scale if scale is not None else centre.new_zeros(0),
+        d_points if weight is not None else centre.new_zeros(0),
+        d_offset if bias is not None else centre.new_zeros(0),
+    )
+
+
+def _chunks(start: int, stop: int, codewords: int, dim: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ENTRIES // max(codewords, dim))
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
 
 
 def _source(

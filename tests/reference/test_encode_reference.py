@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dre_fast import reference
-from dre_fast.reference import encode
+from dre_fast.reference import encode, soft
 from dre_fast.reference import rows as row_sources
 
 
@@ -157,7 +157,7 @@ def test_soft_encode_is_the_definition(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize("kind", ["scale", "weight+bias", "weight"])
 def test_soft_backward_is_what_autograd_finds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_sources, "_CHUNK_SCORES", 7 * 16)  # several chunks a bag
+    monkeypatch.setattr(soft, "_CHUNK_ENTRIES", 7 * 16)  # several chunks a bag
     x = torch.randn(100, 5, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     p = {name: value.requires_grad_() for name, value in soft_parameters(kind, 7, 5).items()}
@@ -189,6 +189,7 @@ class _Largest(TorchFunctionMode):
 @pytest.mark.parametrize("assignment", ["hard", "soft"])
 def test_no_product_of_rows_and_codewords_is_kept(assignment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_sources, "_CHUNK_SCORES", 128 * 64)
+    monkeypatch.setattr(soft, "_CHUNK_ENTRIES", 128 * 64)
     rows, words, dim = 4096, 64, 4
     x, codebook, cu = torch.randn(rows, dim), torch.randn(words, dim), torch.tensor([0, rows])
     with _Largest() as largest:
