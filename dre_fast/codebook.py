@@ -175,9 +175,12 @@ class _Pass:
 
     def _keep_farthest(self, chunk: Chunk, distance: Tensor) -> None:
         """More rows than could be wanted; equal distances in the order of the rows."""
-        top, place = distance.topk(min(_FARTHEST, len(distance)), sorted=False)
-        place, order = place.sort()
-        far = torch.cat([self.far_distance, top[order]])
+        full = len(self.far_distance) == _FARTHEST
+        place = (distance > self.far_distance[-1]).nonzero()[:, 0] if full else torch.arange(len(distance))
+        place = place.to(distance.device)
+        if len(place) > _FARTHEST:
+            place = place[distance[place].topk(_FARTHEST, sorted=False).indices.sort().values]
+        far = torch.cat([self.far_distance, distance[place]])
         best = far.argsort(descending=True, stable=True)[:_FARTHEST]
         self.far_distance = far[best]
         self.far = torch.cat([self.far, chunk.values(place)])[best]
