@@ -4,6 +4,8 @@ from dre_fast.kernels.hard_backward import hard_encode_backward
 from dre_fast.kernels.hard_encode import hard_encode
 from dre_fast.kernels.normalize import normalize_residuals, normalize_residuals_backward
 from dre_fast.kernels.permute import bank_tiles
+from dre_fast.kernels.soft_backward import soft_encode_backward
+from dre_fast.kernels.soft_encode import soft_encode
 
 __all__ = [
     "bank_tiles",
@@ -11,4 +13,6 @@ __all__ = [
     "hard_encode_backward",
     "normalize_residuals",
     "normalize_residuals_backward",
+    "soft_encode",
+    "soft_encode_backward",
 ]
