@@ -10,8 +10,9 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 demo: $(VENV)/.demo
 	$(BIN)/dre-fast demo --out demo
 
+# One thread a process: many tests are of one thread, and two processes on two cores are then twice as fast.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
