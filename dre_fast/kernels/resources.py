@@ -28,6 +28,8 @@ MODULES = [
     "hard_encode",
     "hard_backward",
     "permute",
+    "soft_encode",
+    "soft_backward",
 ]
 # Rows, K and D of P1 and P2 in benchmarks/registry.py.
 _HEADLINE = (("bf16", 64, 384), ("bf16", 64, 1024))

@@ -133,7 +133,7 @@ def soft_encode_backward(
 
 def _constants(plan: SoftPlan, K: int, D: int, unit: bool, distance: bool) -> dict[str, dict[str, Any]]:
     """The constexpr arguments of each kernel that is launched a chunk."""
-    rows, sums = plan.rows, plan.parameters
+    rows, sums = plan.rows, plan.sums
     both = {"UNIT": unit, "DISTANCE": distance}
     narrow = 2.0**-32 if plan.operand == torch.bfloat16 else 1.0
     return {
@@ -171,7 +171,7 @@ def _launch(
     weights = sums.new_empty(pitch) if rows.unit else None
     squares = sums.new_empty(pitch) if d_rows is not None and (rows.unit or slopes is not None) else None
     constants = _constants(plan, K, D, rows.unit, slopes is not None)
-    tile = plan.parameters
+    tile = plan.sums
     tiles = (plan.dim // tile.dim, plan.codewords // tile.codewords)
     for start, part in rows.chunks(plan.chunk):
         N, X = len(part), part.x.shape[0]
@@ -226,7 +226,7 @@ def cases(arch: config.Arch) -> Iterator[Case]:
             ("products", products_kernel, (), plan.products),
             ("logits", logits_backward_kernel, ("a_ptr", "b_ptr"), None),
             ("rows", rows_kernel, ("a_ptr", "b_ptr", "grad_ptr", "p_ptr"), plan.rows),
-            ("parameters", parameters_kernel, (), plan.parameters),
+            ("parameters", parameters_kernel, (), plan.sums),
         ):
             yield one(kernel, f"backward {name}", constants[name], options, absent, narrow, tile)
         if helpers_shown(dtype, options):

@@ -13,7 +13,17 @@ import triton.language as tl
 
 from dre_fast.kernels.rows import operand
 from dre_fast.kernels.segments import find_segment
-from dre_fast.kernels.soft_kernels import RUN_TIME, operand_and_weight, row_of, scale_of, softmax_of
+from dre_fast.kernels.soft_kernels import (
+    RUN_TIME,
+    is_all_of_tile,
+    operand_and_weight,
+    row_of,
+    scale_of,
+    scratch_at,
+    sixteens,
+    softmax_of,
+    store_columns,
+)
 
 # fp16 coefficients are scaled to below 2^13, which keeps those that matter normal
 FP16_EXPONENT = tl.constexpr(12.0)
@@ -41,18 +51,18 @@ def logits_backward_kernel(x_ptr, index_ptr, row_scale_ptr, cu_ptr, z_ptr, e_ptr
     bag, first, end, part = find_segment(cu_ptr, N, B, P, R)
     if (first >= end) | (bag == B):
         return
-    place = part * R + tl.arange(0, ROWS)
+    place = part * ROWS + tl.arange(0, ROWS)  # R = ROWS: a tile of one bag
     inside = (place >= first) & (place < end)
     k = tl.arange(0, KP)
-    wide = tl.multiple_of(pitch, 16).to(tl.int64)
-    at = k[:, None] * wide + place[None, :]
-    known = (k < K)[:, None] & inside[None, :]
-    z = tl.load(z_ptr + at, mask=known, other=0.0)
+    at = scratch_at(k, place, pitch)
+    # columns of other bags are loaded with the rest, and left alone
+    whole = is_all_of_tile(first, end, part, N, ROWS)
+    z = tl.load(z_ptr + at, mask=(k < K)[:, None], other=0.0)
     a = softmax_of(z, slope_ptr, k, K)
-    e = tl.load(e_ptr + at, mask=known, other=0.0)
+    e = tl.load(e_ptr + at, mask=(k < K)[:, None], other=0.0)
     d = e + tl.load(grad_extra_ptr + bag * KP + k)[:, None]
     d = a * (d - tl.sum(a * d, 0)[None, :])
-    tl.store(e_ptr + at, d, mask=known)
+    store_columns(e_ptr + at, d, k < K, inside, whole)
 
     row, live = row_of(index_ptr, place, inside, X)
     scale = None
@@ -89,9 +99,9 @@ def logits_backward_kernel(x_ptr, index_ptr, row_scale_ptr, cu_ptr, z_ptr, e_ptr
             tl.store(factors_ptr + place, power, mask=inside)
         else:
             tl.store(factors_ptr + place, tl.full((ROWS,), 1.0, tl.float32), mask=inside)
-        tl.store(factors_ptr + wide + place, along, mask=inside)
-        tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=inside[None, :])
-        tl.store(b_ptr + at, b.to(b_ptr.dtype.element_ty), mask=inside[None, :])
+        tl.store(factors_ptr + pitch + place, along, mask=inside)
+        store_columns(a_ptr + at, a.to(a_ptr.dtype.element_ty), k < KP, inside, whole)
+        store_columns(b_ptr + at, b.to(b_ptr.dtype.element_ty), k < KP, inside, whole)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -102,7 +112,7 @@ def rows_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, a_ptr, b_ptr, g
     bag, first, end, part = find_segment(cu_ptr, N, B, P, R)
     if first >= end:
         return
-    place = part * R + tl.arange(0, ROWS)
+    place = part * ROWS + tl.arange(0, ROWS)  # R = ROWS: a tile of one bag
     inside = (place >= first) & (place < end)
     d = tl.program_id(1) * DT + tl.arange(0, DT)
     out = out_ptr + place[:, None] * D + d[None, :]
@@ -112,8 +122,8 @@ def rows_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, a_ptr, b_ptr, g
         return
     row, live = row_of(index_ptr, place, inside, X)
     k = tl.arange(0, KT)
-    wide = tl.multiple_of(pitch, 16).to(tl.int64)
-    at = k[None, :] * wide + place[:, None]
+    at = tl.trans(scratch_at(k, place, pitch))
+    wide = sixteens(pitch)
     grads = grad_ptr + bag * (KP * DP) + k[:, None] * DP + d[None, :]
     points = p_ptr + k[:, None] * DP + d[None, :]
     acc = tl.zeros((ROWS, DT), tl.float32)
@@ -128,7 +138,7 @@ def rows_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, a_ptr, b_ptr, g
         read = live[:, None] & (d[None, :] < D)
         x = tl.load(x_ptr + row[:, None] * stride + d[None, :], mask=read, other=0)
         x = operand(x).to(tl.float32)
-        along = tl.load(factors_ptr + wide + place, mask=live, other=0.0)
+        along = tl.load(factors_ptr + pitch + place, mask=live, other=0.0)
         scale = None
         if row_scale_ptr is not None:
             scale = scale_of(row_scale_ptr, row, live, x_ptr)
@@ -158,7 +168,7 @@ def parameters_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, d_ptr, z_
     Of 16-bit rows d_ik is taken in two parts; with DISTANCE its sums are those of the parts, as in ``sums_kernel``.
     """
     part = tl.program_id(0).to(tl.int64)
-    base = part * R
+    base = part * (R // ROWS * ROWS)  # R, seen to be a multiple of ROWS
     end = tl.minimum(tl.minimum(base + R, N), tl.load(cu_ptr + B).to(tl.int64))
     d0 = tl.program_id(1) * DT
     k0 = tl.program_id(2) * KT
@@ -166,8 +176,7 @@ def parameters_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, d_ptr, z_
     d = d0 + tl.arange(0, DT)
     r = tl.arange(0, ROWS)
     step = base * 0 + stride  # int64 before any product
-    wide = tl.multiple_of(pitch, 16).to(tl.int64)
-    at = k[:, None] * wide + (base + r)[None, :]
+    at = scratch_at(k, base + r, pitch)
     acc = tl.zeros((KT, DT), tl.float32)
     sums = tl.zeros((KT,), tl.float32)
     slopes = tl.zeros((KT,), tl.float32)
@@ -193,7 +202,9 @@ def parameters_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, d_ptr, z_
             taken = scale != 0.0
         wanted = taken[:, None] & (d[None, :] < D)
         x = operand(tl.load(x_ptr + row[:, None] * step + d[None, :], mask=wanted, other=0))
-        x, weight = operand_and_weight(x, full, scale, UNIT)
+        weight = None
+        if UNIT or row_scale_ptr is not None:
+            x, weight = operand_and_weight(x, full, scale, UNIT)
         factor = tl.zeros((ROWS,), tl.float32) + 1.0 / power
         if weight is not None:
             factor = factor * weight

@@ -23,7 +23,7 @@ class SoftPlan:
     operand: dtype of the products' factors. parts: pieces of it that an fp32 codeword is split into.
     dim, codewords: D and K rounded up to whole tiles. programs: row ranges per launch, fixed as results depend on it.
     chunk: rows handled at a time. softmax: rows of one program of the kernels that see all codewords of a row.
-    products, sums, rows, parameters: tiles of the kernels named so.
+    products, sums, rows: tiles of the kernels named so; ``sums`` also of the sums over rows of the backward.
     """
 
     operand: torch.dtype
@@ -36,7 +36,6 @@ class SoftPlan:
     products: Launch
     sums: Launch
     rows: Launch
-    parameters: Launch
 
     @property
     def narrow(self) -> torch.dtype:
@@ -61,18 +60,17 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         padded = max(16, 1 << (codewords - 1).bit_length())
         width = min(max(16, 1 << (dim - 1).bit_length()), 64)
         tile = min(padded, 64)
-        products = Launch(64, min(width, 32), tile, warps=8, stages=2)
+        products = Launch(32, min(width, 32), tile, warps=8, stages=2)
         sums = Launch(32, width, tile, warps=8, stages=2)
         rows = Launch(32, width, min(padded, 32), warps=8, stages=2)
-        parameters = sums
     else:
         padded = max(64, 1 << (codewords - 1).bit_length())
-        width = min(max(64, 1 << (dim - 1).bit_length()), 128)
+        # rows that do not start at 16 bytes are addressed element by element, and the addresses take registers
+        width = 64 if dim % 16 else min(max(64, 1 << (dim - 1).bit_length()), 128)
         stages = 2 if arch.shared < 120_000 else 3
         products = Launch(64, 64, 64, warps=8, stages=stages)
-        sums = Launch(64, width, min(padded, 128), warps=8, stages=stages)
+        sums = Launch(32, width, 64, warps=8, stages=stages)
         rows = Launch(64, width, 64, warps=8, stages=stages)
-        parameters = Launch(64, width, 64, warps=8, stages=stages)
     return SoftPlan(
         operand,
         parts=1 if operand == torch.float32 else 2,
@@ -84,5 +82,4 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         products=products,
         sums=sums,
         rows=rows,
-        parameters=parameters,
     )

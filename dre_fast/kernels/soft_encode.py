@@ -388,12 +388,13 @@ def case_of(
     )
     matrix = tile is not None and dtype != torch.float32
     wide = matrix and D % 16 == 0
+    loops = label != "backward rows" or plan.codewords > plan.rows.codewords  # over more than one tile
     softmax = label in ("assign", "backward logits")
     return Case(
         arch.capability, kernel, " ".join(["soft", label, *sorted(options)]),
         "e4m3" if dtype == torch.float8_e4m3fn else rows, K, D, types, tuple(constants.items()),
         tile.warps if tile is not None else WARPS if softmax else 4, arch.shared,
-        reads="2" if tile is not None else "-", matrix=matrix, wide=wide, asynchronous=wide,
+        reads="2" if tile is not None else "-", matrix=matrix, wide=wide, asynchronous=wide and loops,
     )  # fmt: skip
 
 

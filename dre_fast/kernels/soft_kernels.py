@@ -20,8 +20,6 @@ from dre_fast.kernels.segments import find_segment, is_whole, slot_of
 
 # Run-time values: a new number of rows or bags compiles nothing.
 RUN_TIME = ["N", "X", "B", "P", "R", "pitch"]
-# What coefficients are multiplied by as fp16: nothing that matters is then a subnormal number.
-FP16_FACTOR = tl.constexpr(4096.0)
 FP16_LOW = tl.constexpr(2048.0)
 
 
@@ -74,6 +72,30 @@ def parts_kernel(p_ptr, c_ptr, add_ptr, parts_ptr, narrow_ptr, scale_ptr, extra_
 
 
 @triton.jit
+def sixteens(pitch):
+    """The pitch, in a form from which the compiler sees that it is a multiple of 16: it then loads 16 bytes at a time."""
+    return pitch // 16 * 16
+
+
+@triton.jit
+def scratch_at(k, place, pitch):
+    """Where scratch of codewords k and rows ``place`` lies, [len(k), len(place)]: in 32 bits, a chunk's is that small."""
+    return k[:, None] * sixteens(pitch) + place.to(tl.int32)[None, :]
+
+
+@triton.jit
+def store_columns(ptr, values, rows_known, inside, whole):
+    """Store the columns of a tile of scratch that are ``inside``; the rest may be stored too where the tile is ``whole``.
+
+    A mask that may change from column to column has every number stored by itself: it is for tiles of several bags.
+    """
+    if whole:
+        tl.store(ptr, values, mask=rows_known[:, None])
+    else:
+        tl.store(ptr, values, mask=rows_known[:, None] & inside[None, :])
+
+
+@triton.jit
 def row_of(index_ptr, place, inside, X):
     """Row of x at each place, and whether it takes part."""
     if index_ptr is None:
@@ -84,12 +106,26 @@ def row_of(index_ptr, place, inside, X):
 
 
 @triton.jit
+def fp16_factor(x_ptr, UNIT: tl.constexpr):
+    """What coefficients are multiplied by as fp16, so that they are as large as they can: times scales below 16, those
+    of e4m3 rows being 2^8 as large, they stay below 2^16."""
+    SMALL: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8 and not UNIT
+    return 16.0 if SMALL else 4096.0
+
+
+@triton.jit
 def scale_of(row_scale_ptr, row, live, x_ptr):
     """What the operands of 8-bit rows are to be multiplied by."""
     scale = tl.load(row_scale_ptr + row, mask=live, other=0.0)
     if x_ptr.dtype.element_ty == tl.uint8:
         scale = scale * 256.0
     return scale
+
+
+@triton.jit
+def is_all_of_tile(first, end, part, N, ROWS: tl.constexpr):
+    """Whether the rows [first, end) of one bag are all there are in tile ``part``."""
+    return (first <= part * ROWS) & ((end >= part * ROWS + ROWS) | (end == N))
 
 
 @triton.jit
@@ -134,11 +170,13 @@ def products_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_pt
         bag, first, end, part = find_segment(cu_ptr, N, B, P, R)  # R = ROWS: a tile of one bag
         if (first >= end) | (bag == B):
             return
-        place = part * R + r
+        place = part * ROWS + r
         inside = (place >= first) & (place < end)
+        whole = is_all_of_tile(first, end, part, N, ROWS)
     else:
         place = tl.program_id(0).to(tl.int64) * ROWS + r
         inside = place < N
+        whole = True
     row, live = row_of(index_ptr, place, inside, X)
     d = tl.arange(0, DT)
     m = tl.arange(0, PARTS * KT)
@@ -177,9 +215,7 @@ def products_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_pt
             tl.store(squares_ptr + place, square, mask=inside)
 
     k = k0 + tl.arange(0, KT)
-    wide = tl.multiple_of(pitch, 16).to(tl.int64)
-    to = k[:, None] * wide + place[None, :]
-    known = (k < K)[:, None] & inside[None, :]
+    to = scratch_at(k, place, pitch)
     z = add_parts(products, PARTS, KT, ROWS) * tl.load(scale_ptr + k)[:, None]
     if factor is not None:
         z = z * factor[None, :]
@@ -188,12 +224,12 @@ def products_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_pt
         z = (square[None, :] - 2.0 * z) + extra
     else:
         z = z + extra
-    tl.store(z_ptr + to, z, mask=known)
+    store_columns(z_ptr + to, z, k < K, inside, whole)
     if grad_parts_ptr is not None:
         e = add_parts(grad_products, PARTS, KT, ROWS) * tl.load(grad_scale_ptr + bag * KP + k)[:, None]
         if factor is not None:
             e = e * factor[None, :]
-        tl.store(e_ptr + to, e, mask=known)
+        store_columns(e_ptr + to, e, k < K, inside, whole)
 
 
 @triton.jit
@@ -215,8 +251,9 @@ def assign_kernel(x_ptr, index_ptr, row_scale_ptr, z_ptr, slope_ptr, weights_ptr
     inside = place < N
     row, live = row_of(index_ptr, place, inside, X)
     k = tl.arange(0, KP)
-    at = k[:, None] * tl.multiple_of(pitch, 16).to(tl.int64) + place[None, :]
-    a = softmax_of(tl.load(z_ptr + at, mask=(k < K)[:, None] & inside[None, :], other=0.0), slope_ptr, k, K)
+    at = scratch_at(k, place, pitch)
+    # columns past the last row are there, and nobody reads what is stored in them
+    a = softmax_of(tl.load(z_ptr + at, mask=(k < K)[:, None], other=0.0), slope_ptr, k, K)
     weight = None
     if UNIT:
         full = tl.load(weights_ptr + place, mask=inside, other=1.0)
@@ -230,10 +267,10 @@ def assign_kernel(x_ptr, index_ptr, row_scale_ptr, z_ptr, slope_ptr, weights_ptr
     if weight is not None:
         a = a * weight[None, :]
     if a_ptr.dtype.element_ty == tl.float16:
-        a = a * FP16_FACTOR
+        a = a * fp16_factor(x_ptr, UNIT)
     a = tl.where(live[None, :], a, 0.0)
     high = a.to(a_ptr.dtype.element_ty)
-    tl.store(a_ptr + at, high, mask=inside[None, :])
+    tl.store(a_ptr + at, high)
     if a_ptr.dtype.element_ty != tl.float32:
         low = a - high.to(tl.float32)
         if a_ptr.dtype.element_ty == tl.float16:
@@ -241,8 +278,7 @@ def assign_kernel(x_ptr, index_ptr, row_scale_ptr, z_ptr, slope_ptr, weights_ptr
             # down, so that the errors of many equal weights do not add up.
             factor = tl.where((place & 1) == 1, FP16_LOW * (1.0 + 2.0**-14), FP16_LOW * (1.0 - 2.0**-14))
             low = low * factor[None, :]
-        low_ptr = a_ptr + KP * tl.multiple_of(pitch, 16).to(tl.int64)
-        tl.store(low_ptr + at, low.to(a_ptr.dtype.element_ty), mask=inside[None, :])
+        tl.store(a_ptr + KP * sixteens(pitch) + at, low.to(a_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -264,8 +300,8 @@ def sums_kernel(x_ptr, stride, index_ptr, row_scale_ptr, a_ptr, weights_ptr, c_p
     r = tl.arange(0, ROWS)
     base = first // ROWS * ROWS
     step = first * 0 + stride  # int64 before any product
-    wide = tl.multiple_of(pitch, 16).to(tl.int64)
-    coefficients = a_ptr + k[:, None] * wide + (base + r)[None, :]
+    coefficients = a_ptr + scratch_at(k, base + r, pitch)
+    lower = KP * sixteens(pitch)
     acc = tl.zeros((KT, DT), tl.float32)
     mass = tl.zeros((KT,), tl.float32)
     for done in tl.range(0, (end - base).to(tl.int32), ROWS, num_stages=STAGES):
@@ -283,11 +319,13 @@ def sums_kernel(x_ptr, stride, index_ptr, row_scale_ptr, a_ptr, weights_ptr, c_p
             taken = scale != 0.0
         wanted = taken[:, None] & (d[None, :] < D)
         x = operand(tl.load(x_ptr + row[:, None] * step + d[None, :], mask=wanted, other=0))
-        x, weight = operand_and_weight(x, full, scale, UNIT)
+        weight = None
+        if UNIT or row_scale_ptr is not None:
+            x, weight = operand_and_weight(x, full, scale, UNIT)
         weighed = a.to(tl.float32)
         acc = tl.dot(a, x, acc, input_precision="ieee")
         if a_ptr.dtype.element_ty != tl.float32:
-            low = tl.where(live[None, :], tl.load(coefficients + KP * wide + done), 0.0)
+            low = tl.where(live[None, :], tl.load(coefficients + lower + done), 0.0)
             weighed += low.to(tl.float32) * LOW
             # not two products in a row into acc: Triton would give the two different layouts
             acc = acc + tl.dot(low, x) * LOW
@@ -295,8 +333,8 @@ def sums_kernel(x_ptr, stride, index_ptr, row_scale_ptr, a_ptr, weights_ptr, c_p
             weighed = weighed / weight[None, :]
         mass += tl.sum(weighed, 1)
     if a_ptr.dtype.element_ty == tl.float16:
-        acc = acc * (1.0 / FP16_FACTOR)
-        mass = mass * (1.0 / FP16_FACTOR)
+        acc = acc * (1.0 / fp16_factor(x_ptr, UNIT))
+        mass = mass * (1.0 / fp16_factor(x_ptr, UNIT))
     inside = (k[:, None] < K) & (d[None, :] < D)
     at = k[:, None].to(tl.int64) * D + d[None, :]
     residuals = acc - mass[:, None] * tl.load(c_ptr + at, mask=inside, other=0.0)
