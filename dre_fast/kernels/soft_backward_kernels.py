@@ -208,7 +208,8 @@ def parameters_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, d_ptr, z_
         factor = tl.zeros((ROWS,), tl.float32) + 1.0 / power
         if weight is not None:
             factor = factor * weight
-        weighed = given * factor[None, :]
+        # rows of scale 0 add nothing to acc, and their coefficients are not scaled: they may overflow
+        weighed = tl.where(taken[None, :], given * factor[None, :], 0.0)
         high = weighed.to(x.dtype)
         acc = tl.dot(high, x, acc, input_precision="ieee")
         if x.dtype != tl.float32:
@@ -217,7 +218,8 @@ def parameters_kernel(x_ptr, stride, index_ptr, row_scale_ptr, cu_ptr, d_ptr, z_
             low = ((weighed - kept) * LOW).to(x.dtype)
             acc = acc + tl.dot(low, x) * (1.0 / LOW)
             if DISTANCE:
-                given = (kept + low.to(tl.float32) * (1.0 / LOW)) / factor[None, :]
+                seen = (kept + low.to(tl.float32) * (1.0 / LOW)) / factor[None, :]
+                given = tl.where(taken[None, :], seen, given)
         sums += tl.sum(given, 1)
     inside = (k[:, None] < K) & (d[None, :] < D)
     tl.store(out_ptr + (part * K + k[:, None]) * D + d[None, :], acc * power, mask=inside)

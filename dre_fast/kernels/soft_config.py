@@ -69,7 +69,9 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         width = 64 if dim % 16 else min(max(64, 1 << (dim - 1).bit_length()), 128)
         stages = 2 if arch.shared < 120_000 else 3
         products = Launch(64, 64, 64, warps=8, stages=stages)
-        sums = Launch(32, width, 64, warps=8, stages=stages)
+        # and operands lie in registers where there is no wgmma
+        narrow = dim % 16 != 0 and arch.capability in (80, 120)
+        sums = Launch(32, width, 32 if narrow else 64, warps=8, stages=stages)
         rows = Launch(64, width, 64, warps=8, stages=stages)
     return SoftPlan(
         operand,

@@ -41,6 +41,7 @@ from dre_fast.kernels.soft_kernels import (
 INTERPRETED = not isinstance(sums_kernel, triton.JITFunction)
 WARPS = 8  # of the kernels that take a softmax
 _GATHER = {"BLOCK": 256, "AT_ONCE": 16}
+_PARTS = 4096  # numbers that one program prepares as operands
 
 
 @dataclass(frozen=True)
@@ -240,14 +241,16 @@ def parts(
     if narrow and plan.parts == 2:
         short = vectors.new_empty((bags, plan.codewords, plan.dim), dtype=plan.narrow)
     constants = parts_constants(plan, K, D, squares)
-    parts_kernel[(plan.codewords, bags)](vectors, codebook, add, values, short, scale, extra, **constants)
+    grid = (bags, plan.codewords // constants["KB"])
+    parts_kernel[grid](vectors, codebook, add, values, short, scale, extra, **constants)
     return Parts(values, values if narrow and short is None else short, scale, extra)
 
 
 def parts_constants(plan: SoftPlan, K: int, D: int, squares: bool) -> dict[str, Any]:
     """The constexpr arguments of ``parts_kernel``."""
     sizes = {"K": K, "D": D, "KP": plan.codewords, "DP": plan.dim, "PARTS": plan.parts}
-    return {**sizes, "SQUARES": squares, "DB": triton.next_power_of_2(plan.dim)}
+    wide = triton.next_power_of_2(plan.dim)
+    return {**sizes, "SQUARES": squares, "KB": max(min(_PARTS // wide, 16), 1), "DB": wide}
 
 
 def products_constants(plan: SoftPlan, K: int, D: int, unit: bool, distance: bool) -> dict[str, Any]:

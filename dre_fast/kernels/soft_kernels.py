@@ -25,48 +25,52 @@ FP16_LOW = tl.constexpr(2048.0)
 
 @triton.jit
 def parts_kernel(p_ptr, c_ptr, add_ptr, parts_ptr, narrow_ptr, scale_ptr, extra_ptr, K: tl.constexpr, D: tl.constexpr,
-                 KP: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr, DB: tl.constexpr):  # fmt: skip
-    """One row p of [B, K, D] as operand of products: parts [B, PARTS * KP, DP], the power of two that undoes their scaling.
+                 KP: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr, KB: tl.constexpr,
+                 DB: tl.constexpr):  # fmt: skip
+    """Rows p of [B, K, D] as operands of products: parts [B, PARTS * KP, DP], the power of two that undoes their scaling.
 
     Two parts interleave by eights (8 high, 8 low, ...), which puts both products of a codeword into one thread of a
     matrix-unit fragment. narrow [B, KP, DP] is one fp16 part of the same. extra [B, KP] is what goes with a product:
     ||p||^2 (SQUARES), or the value of ``add`` less p.c, of the p that the parts add up to. Padding is zero.
+    One program prepares KB codewords.
     """
-    k = tl.program_id(0)
-    bag = tl.program_id(1).to(tl.int64)
+    bag = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * KB + tl.arange(0, KB)
     d = tl.arange(0, DB)
-    inside = d < tl.where(k < K, D, 0)
-    p = tl.load(p_ptr + (bag * K + k) * D + d, mask=inside, other=0.0).to(tl.float32)
+    at = k[:, None] * D + d[None, :]
+    inside = (k < K)[:, None] & (d < D)[None, :]
+    stored = (d < DP)[None, :]
+    p = tl.load(p_ptr + bag * (K * D) + at, mask=inside, other=0.0).to(tl.float32)
     # Largest entry to [2^12, 2^13) for fp16: both parts stay normal numbers. Else to [2^-20, 2^-19): products with the
     # largest fp32 and bf16 rows stay finite. log2 may be off by one: harmless.
     TARGET: tl.constexpr = 12.0 if parts_ptr.dtype.element_ty == tl.float16 else -20.0
-    largest = tl.max(tl.abs(p))
+    largest = tl.max(tl.abs(p), 1)
     exponent = tl.floor(tl.log2(tl.where(largest > 1e-30, largest, 1.0))) - TARGET
     scale = tl.exp2(exponent)
-    scaled = p * tl.exp2(-exponent)
+    scaled = p * tl.exp2(-exponent)[:, None]
     high = scaled.to(parts_ptr.dtype.element_ty)
     kept = high.to(tl.float32)
-    parts = parts_ptr + bag * (PARTS * KP * DP) + d
+    parts = parts_ptr + bag * (PARTS * KP * DP) + d[None, :]
     if PARTS == 2:
         low = (scaled - kept).to(parts_ptr.dtype.element_ty)
         kept += low.to(tl.float32)
         row = (k // 8) * 16 + k % 8
-        tl.store(parts + row * DP, high, mask=d < DP)
-        tl.store(parts + (row + 8) * DP, low, mask=d < DP)
+        tl.store(parts + row[:, None] * DP, high, mask=stored)
+        tl.store(parts + (row + 8)[:, None] * DP, low, mask=stored)
     else:
-        tl.store(parts + k * DP, high, mask=d < DP)
+        tl.store(parts + k[:, None] * DP, high, mask=stored)
     if narrow_ptr is not None:
         short = (scaled * tl.exp2(12.0 - TARGET)).to(tl.float16)
-        tl.store(narrow_ptr + (bag * KP + k) * DP + d, short, mask=d < DP)
-    kept *= scale
+        tl.store(narrow_ptr + bag * (KP * DP) + k[:, None] * DP + d[None, :], short, mask=stored)
+    kept *= scale[:, None]
     if SQUARES:
-        extra = tl.sum(kept * kept)
+        extra = tl.sum(kept * kept, 1)
     else:
-        extra = 0.0
+        extra = tl.zeros((KB,), tl.float32)
         if add_ptr is not None:
             extra += tl.load(add_ptr + bag * K + k, mask=k < K, other=0.0)
         if c_ptr is not None:
-            extra -= tl.sum(kept * tl.load(c_ptr + k * D + d, mask=inside, other=0.0))
+            extra -= tl.sum(kept * tl.load(c_ptr + at, mask=inside, other=0.0), 1)
     tl.store(scale_ptr + bag * KP + k, scale)
     tl.store(extra_ptr + bag * KP + k, extra)
 
