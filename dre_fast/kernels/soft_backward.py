@@ -138,7 +138,7 @@ def _constants(plan: SoftPlan, K: int, D: int, unit: bool, distance: bool) -> di
     narrow = 2.0**-32 if plan.operand == torch.bfloat16 else 1.0
     return {
         "products": products_constants(plan, K, D, unit, distance),
-        "logits": {"K": K, "KP": plan.codewords, "ROWS": plan.softmax, "UNIT": unit, "NARROW": narrow},
+        "logits": {"K": K, "KP": plan.codewords, "ROWS": plan.gradient, "UNIT": unit, "NARROW": narrow},
         "rows": {
             "D": D, "KP": plan.codewords, "DP": plan.dim, "KT": rows.codewords, "DT": rows.dim, "ROWS": rows.rows,
             "STAGES": rows.stages, **both,
@@ -188,7 +188,7 @@ def _launch(
         peaks = None
         if plan.operand == torch.float16:
             peaks = torch.zeros(N, dtype=torch.float32, device=e.device)
-        programs, sizes = segments(plan.softmax)
+        programs, sizes = segments(plan.gradient)
         logits_backward_kernel[(programs,)](
             part.x, part.index, part.scale, part.cu_seqlens, z, e, slopes, points.scale, points.extra, grads.scale,
             grads.extra, squares, a, b, factors, peaks, *sizes, **constants["logits"], num_warps=WARPS,

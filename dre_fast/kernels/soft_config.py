@@ -22,7 +22,8 @@ class SoftPlan:
 
     operand: dtype of the products' factors. parts: pieces of it that an fp32 codeword is split into.
     dim, codewords: D and K rounded up to whole tiles. programs: row ranges per launch, fixed as results depend on it.
-    chunk: rows handled at a time. softmax: rows of one program of the kernels that see all codewords of a row.
+    chunk: rows handled at a time. softmax, gradient: rows of one program of the two kernels that see all codewords of a
+    row: of the forward and of the backward, which holds twice as much of each.
     products, sums, rows: tiles of the kernels named so; ``sums`` also of the sums over rows of the backward.
     """
 
@@ -33,6 +34,7 @@ class SoftPlan:
     programs: int
     chunk: int
     softmax: int
+    gradient: int
     products: Launch
     sums: Launch
     rows: Launch
@@ -72,7 +74,8 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         # and operands lie in registers where there is no wgmma
         narrow = dim % 16 != 0 and arch.capability in (80, 120)
         sums = Launch(32, width, 32 if narrow else 64, warps=8, stages=stages)
-        rows = Launch(64, width, 64, warps=8, stages=stages)
+        # two tiles of codewords at least, so that one is copied while the other is multiplied
+        rows = Launch(64, width, 64 if dim % 16 else 32, warps=8, stages=stages)
     return SoftPlan(
         operand,
         parts=1 if operand == torch.float32 else 2,
@@ -81,6 +84,7 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         programs=arch.programs,
         chunk=_SCRATCH // padded,
         softmax=min(_SOFTMAX // padded, PITCH),
+        gradient=min(_SOFTMAX // 2 // padded, PITCH),
         products=products,
         sums=sums,
         rows=rows,
