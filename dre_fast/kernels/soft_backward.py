@@ -137,7 +137,7 @@ def _constants(plan: SoftPlan, K: int, D: int, unit: bool, distance: bool) -> di
     both = {"UNIT": unit, "DISTANCE": distance}
     narrow = 2.0**-32 if plan.operand == torch.bfloat16 else 1.0
     return {
-        "products": products_constants(plan, K, D, unit, distance),
+        "products": {**products_constants(plan, K, D, unit, distance), "STAGES": plan.gradient_stages},
         "logits": {"K": K, "KP": plan.codewords, "ROWS": plan.gradient, "UNIT": unit, "NARROW": narrow},
         "rows": {
             "D": D, "KP": plan.codewords, "DP": plan.dim, "KT": rows.codewords, "DT": rows.dim, "ROWS": rows.rows,

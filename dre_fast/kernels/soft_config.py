@@ -24,6 +24,7 @@ class SoftPlan:
     dim, codewords: D and K rounded up to whole tiles. programs: row ranges per launch, fixed as results depend on it.
     chunk: rows handled at a time. softmax, gradient: rows of one program of the two kernels that see all codewords of a
     row: of the forward and of the backward, which holds twice as much of each.
+    gradient_stages: pipeline of ``products`` in the backward, which multiplies the rows by two operands.
     products, sums, rows: tiles of the kernels named so; ``sums`` also of the sums over rows of the backward.
     """
 
@@ -35,6 +36,7 @@ class SoftPlan:
     chunk: int
     softmax: int
     gradient: int
+    gradient_stages: int
     products: Launch
     sums: Launch
     rows: Launch
@@ -85,6 +87,8 @@ def plan(arch: Arch, dtype: torch.dtype, codewords: int, dim: int) -> SoftPlan:
         chunk=_SCRATCH // padded,
         softmax=min(_SOFTMAX // padded, PITCH),
         gradient=min(_SOFTMAX // 2 // padded, PITCH),
+        # Triton 3.6 cannot pipeline two products of rows that were converted, as 8-bit ones are, for sm_100
+        gradient_stages=1 if dtype in config.SCALED_DTYPES and arch.capability == 100 else products.stages,
         products=products,
         sums=sums,
         rows=rows,

@@ -383,7 +383,7 @@ def case_of(
         arch.capability, kernel, " ".join(["soft", label, *sorted(options)]),
         "e4m3" if dtype == torch.float8_e4m3fn else rows, K, D, types, tuple(constants.items()),
         tile.warps if tile is not None else WARPS if softmax else 4, arch.shared,
-        reads="2" if tile is not None else "-", matrix=matrix, wide=wide, asynchronous=wide,
+        reads="2" if tile is not None else "-", matrix=matrix, wide=wide, asynchronous=wide and constants["STAGES"] > 1,
     )  # fmt: skip
 
 
