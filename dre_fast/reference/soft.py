@@ -18,7 +18,7 @@ from dre_fast.reference.rows import (
 )
 
 # rows x features taken at once: with what is computed of them they stay in a second-level cache
-_CHUNK_ENTRIES = 1 << 18
+_CHUNK_ENTRIES = 1 << 19
 
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
