@@ -28,6 +28,7 @@ import triton
 from dre_fast.kernels import config
 from dre_fast.kernels.case import Case
 from dre_fast.kernels.hard_kernels import aggregate_kernel, assign_kernel, prepare_kernel, single_kernel
+from dre_fast.kernels.inputs import check_inputs, check_per_row
 from dre_fast.kernels.segments import reduce_kernel
 
 INTERPRETED = not isinstance(single_kernel, triton.JITFunction)
@@ -72,7 +73,8 @@ def hard_encode(
 
     Source: DRE-SLCL, arXiv 2511.05034, residual encoding; the steps are at the top of this file.
     """
-    _check(x, codebook, cu_seqlens, index, row_scale, row_codes)
+    check_inputs(x, codebook, cu_seqlens, index, row_scale, (row_codes,), INTERPRETED)
+    check_per_row("row_codes", row_codes, x, torch.int16)
     (codewords, dim), bags = codebook.shape, cu_seqlens.shape[0] - 1
     rows = x.shape[0] if index is None else index.shape[0]
     arch = config.INTERPRETER if INTERPRETED else config.arch_of(torch.cuda.get_device_capability(x.device))
@@ -98,45 +100,6 @@ def hard_encode(
         _launch(x, codebook.float().contiguous(), cu_seqlens.contiguous(), index, row_scale, row_codes, unit, plan,
                 V, counts, codes, squares if distances else None)  # fmt: skip
     return V, counts, codes, squares
-
-
-def _check(
-    x: torch.Tensor,
-    codebook: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    index: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    row_codes: torch.Tensor | None,
-) -> None:
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] < codebook.shape[1]:
-        raise ValueError(
-            f"rows must be [R, P] and codebook [K, D] with P >= D; got {list(x.shape)} and {list(codebook.shape)}"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 [B + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
-    if index is not None and (index.dim() != 1 or index.dtype != torch.int64):
-        raise ValueError(f"index must be int64 [M], not {index.dtype} {list(index.shape)}")
-    if (row_scale is not None) != (x.dtype in config.SCALED_DTYPES):
-        raise ValueError(
-            f"int8 and float8_e4m3fn rows, and only they, come with row_scale; rows are {x.dtype}"
-        )
-    for name, values, dtype in (
-        ("row_scale", row_scale, torch.float32),
-        ("row_codes", row_codes, torch.int16),
-    ):
-        if values is not None and (values.shape != x.shape[:1] or values.dtype != dtype):
-            raise ValueError(
-                f"{name} must be {dtype} [{x.shape[0]}], not {values.dtype} {list(values.shape)}"
-            )
-    devices = {t.device for t in (x, codebook, cu_seqlens, index, row_scale, row_codes) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must share a device; got {', '.join(sorted(map(str, devices)))}")
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"the Triton kernels need a CUDA device, not {x.device} (TRITON_INTERPRET=1 interprets them)"
-        )
 
 
 def _parts_dtype(rows: torch.dtype, unit: bool, plan: config.Plan) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dre_fast.kernels.rows import add_squares, halves, operand, shifted, split_weight, unit_weight
+from dre_fast.kernels.rows import add_squares, halves, operand, scale_of, shifted, split_weight, unit_weight
 from dre_fast.kernels.segments import find_segment, is_whole, slot_of
 
 # Run-time values: a new number of rows or bags compiles nothing.
@@ -103,15 +103,6 @@ def _scores(products, scale, half, weight, PARTS: tl.constexpr, KT: tl.constexpr
 
 
 @triton.jit
-def _load_scale(row_scale_ptr, row, live, x_ptr):
-    """What the operands of 8-bit rows are to be multiplied by."""
-    scale = tl.load(row_scale_ptr + row, mask=live, other=0.0)
-    if x_ptr.dtype.element_ty == tl.uint8:
-        scale = scale * 256.0
-    return scale
-
-
-@triton.jit
 def _distance(square, top):
     """||x~ - c||^2 = ||x~||^2 - 2 (x~.c - ||c||^2 / 2), not below 0; NaN stays."""
     distance = square - 2.0 * top
@@ -188,7 +179,7 @@ def single_kernel(x_ptr, stride, index_ptr, row_scale_ptr, parts_ptr, scale_ptr,
             if not UNIT:
                 products = tl.dot(c2, tl.trans(x2), products, input_precision="ieee")
         if row_scale_ptr is not None:
-            weight = _load_scale(row_scale_ptr, row, live, x_ptr)
+            weight = scale_of(row_scale_ptr, row, live, x_ptr)
         if UNIT:
             full, total = unit_weight(total, large, weight)
             power, weight = split_weight(full)
@@ -274,7 +265,7 @@ def assign_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, parts_
     square = tl.zeros((ROWS,), tl.float32)
     weight = None
     if row_scale_ptr is not None:
-        weight = _load_scale(row_scale_ptr, row, live, x_ptr)
+        weight = scale_of(row_scale_ptr, row, live, x_ptr)
     for k0 in range(0, KP, KT):
         code_rows = parts_ptr + (PARTS * k0 + m)[:, None] * DP + d[None, :]
         products = tl.zeros((PARTS * KT, ROWS), tl.float32)
@@ -378,7 +369,7 @@ def aggregate_kernel(x_ptr, stride, index_ptr, row_scale_ptr, row_codes_ptr, wei
                     tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
                 )
         elif row_scale_ptr is not None:
-            high, low = halves(_load_scale(row_scale_ptr, row, live, x_ptr) * SHIFT, r)
+            high, low = halves(scale_of(row_scale_ptr, row, live, x_ptr) * SHIFT, r)
             acc = _add_weighted(
                 tl.where(member, high[None, :], 0.0), tl.where(member, low[None, :], 0.0), x, acc
             )

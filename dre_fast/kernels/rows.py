@@ -34,6 +34,15 @@ def operand(x):
 
 
 @triton.jit
+def scale_of(row_scale_ptr, row, live, x_ptr):
+    """What the operands of 8-bit rows are to be multiplied by."""
+    scale = tl.load(row_scale_ptr + row, mask=live, other=0.0)
+    if x_ptr.dtype.element_ty == tl.uint8:
+        scale = scale * 256.0
+    return scale
+
+
+@triton.jit
 def add_squares(x, total, large):
     """Add the sums of squares of a tile's rows [R, D] to ``total`` [R]; to ``large`` those of x / 2^64.
 

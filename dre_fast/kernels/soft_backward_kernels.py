@@ -11,14 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dre_fast.kernels.rows import operand
+from dre_fast.kernels.rows import operand, scale_of
 from dre_fast.kernels.segments import find_segment
 from dre_fast.kernels.soft_kernels import (
     RUN_TIME,
     is_all_of_tile,
     operand_and_weight,
     row_of,
-    scale_of,
     scratch_at,
     sixteens,
     softmax_of,

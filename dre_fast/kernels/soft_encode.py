@@ -29,6 +29,7 @@ import triton
 from dre_fast.kernels import config, soft_config
 from dre_fast.kernels.case import Case
 from dre_fast.kernels.config import Launch
+from dre_fast.kernels.inputs import check_inputs
 from dre_fast.kernels.soft_config import SoftPlan
 from dre_fast.kernels.soft_kernels import (
     assign_kernel,
@@ -149,15 +150,8 @@ def check(
     row_scale: torch.Tensor | None,
 ) -> None:
     """Raise ValueError for arguments that soft encoding does not take."""
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] < codebook.shape[1]:
-        raise ValueError(
-            f"rows must be [R, P] and codebook [K, D] with P >= D; got {list(x.shape)} and {list(codebook.shape)}"
-        )
+    check_inputs(x, codebook, cu_seqlens, index, row_scale, (scale, weight, bias), INTERPRETED)
     config.check(x.dtype, *codebook.shape)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 [B + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
     if (scale is None) == (weight is None) or (bias is not None and weight is None):
         raise ValueError("soft assignment takes either scale, or weight and perhaps bias")
     words = codebook.shape[:1]
@@ -168,24 +162,6 @@ def check(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(given.shape)}")
-    if index is not None and (index.dim() != 1 or index.dtype != torch.int64):
-        raise ValueError(f"index must be int64 [M], not {index.dtype} {list(index.shape)}")
-    if (row_scale is not None) != (x.dtype in config.SCALED_DTYPES):
-        raise ValueError(
-            f"int8 and float8_e4m3fn rows, and only they, come with row_scale; rows are {x.dtype}"
-        )
-    if row_scale is not None and (row_scale.shape != x.shape[:1] or row_scale.dtype != torch.float32):
-        raise ValueError(
-            f"row_scale must be float32 [{x.shape[0]}], not {row_scale.dtype} {list(row_scale.shape)}"
-        )
-    given_tensors = (x, codebook, cu_seqlens, scale, weight, bias, index, row_scale)
-    devices = {t.device for t in given_tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must share a device; got {', '.join(sorted(map(str, devices)))}")
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"the Triton kernels need a CUDA device, not {x.device} (TRITON_INTERPRET=1 interprets them)"
-        )
 
 
 def prepare(

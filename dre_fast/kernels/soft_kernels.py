@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dre_fast.kernels.rows import add_squares, operand, shifted, split_weight, unit_weight
+from dre_fast.kernels.rows import add_squares, operand, scale_of, shifted, split_weight, unit_weight
 from dre_fast.kernels.segments import find_segment, is_whole, slot_of
 
 # Run-time values: a new number of rows or bags compiles nothing.
@@ -115,15 +115,6 @@ def fp16_factor(x_ptr, UNIT: tl.constexpr):
     of e4m3 rows being 2^8 as large, they stay below 2^16."""
     SMALL: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8 and not UNIT
     return 16.0 if SMALL else 4096.0
-
-
-@triton.jit
-def scale_of(row_scale_ptr, row, live, x_ptr):
-    """What the operands of 8-bit rows are to be multiplied by."""
-    scale = tl.load(row_scale_ptr + row, mask=live, other=0.0)
-    if x_ptr.dtype.element_ty == tl.uint8:
-        scale = scale * 256.0
-    return scale
 
 
 @triton.jit
