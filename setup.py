@@ -67,6 +67,10 @@ CPU_SOURCES = (
     "encode_hard",
     "encode_hard_backward",
     "encode_kernels_default",
+    "encode_soft_assign",
+    "encode_soft",
+    "encode_soft_backward",
+    "soft_kernels_default",
 )
 X86_VARIANTS = {
     "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
@@ -74,6 +78,8 @@ X86_VARIANTS = {
     "encode_kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "encode_kernels_avx512.cpp": AVX512.split(),
     "encode_kernels_avx512bf16.cpp": [*AVX512.split(), "-mavx512bf16"],
+    "soft_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "soft_kernels_avx512.cpp": AVX512.split(),
 }
 AGAIN = "then install dre_fast again"
 

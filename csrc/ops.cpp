@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(dre_fast_native, m) {
   m.def(
       "hard_encode_backward(Tensor grad, Tensor codes, Tensor cu_seqlens, Tensor? x=None, Tensor? index=None, "
       "bool unit=False) -> Tensor");
+  m.def(
+      "soft_encode(Tensor x, Tensor codebook, Tensor cu_seqlens, Tensor? scale, Tensor? weight, Tensor? bias, "
+      "Tensor? index=None, Tensor? row_scale=None, bool unit=False) -> (Tensor, Tensor)");
+  m.def(
+      "soft_encode_backward(Tensor grad, Tensor grad_mass, Tensor x, Tensor codebook, Tensor cu_seqlens, Tensor mass, "
+      "Tensor? scale, Tensor? weight, Tensor? bias, Tensor? index=None, Tensor? row_scale=None, bool unit=False, "
+      "bool rows=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_level() -> str");
 }
 
@@ -38,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CPU, m) {
   m.impl("bank_write", TORCH_BOX(&dre_fast::bank_write));
   m.impl("hard_encode", TORCH_BOX(&dre_fast::hard_encode_cpu));
   m.impl("hard_encode_backward", TORCH_BOX(&dre_fast::hard_encode_backward_cpu));
+  m.impl("soft_encode", TORCH_BOX(&dre_fast::soft_encode_cpu));
+  m.impl("soft_encode_backward", TORCH_BOX(&dre_fast::soft_encode_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CompositeExplicitAutograd, m) {

@@ -1,8 +1,5 @@
 // Hard encoding on the CPU: rows are read once, a block at a time; while a block is in cache its codes are found and
 // its residuals added to float64 sums. The specification is dre_fast/reference/hard.py.
-//
-// The rows are cut into segments that do not depend on the number of threads, and the sums of a bag that lies in
-// several segments are added up in their order: the same bits for any number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -12,13 +9,12 @@
 
 #include "encode.h"
 #include "encode_assign.h"
+#include "encode_segments.h"
 
 namespace dre_fast {
 namespace {
 
-// The sums of a segment cost about as much as a hundred rows. A power of two of segments shares out evenly.
-constexpr int64_t kLeastRows = 512, kFairRows = 16384, kFairSegments = 16, kMostSegments = 64;
-constexpr int64_t kPartialBytes = int64_t{256} << 20;  // about how much the sums of all segments may take
+constexpr int64_t kLeastRows = 512;  // the sums of a segment cost about as much as a hundred rows
 
 // Residual sums and member counts of one bag. The sum of a codeword without members is never touched.
 class Sums {
@@ -48,46 +44,59 @@ class HardEncode {
       : source_(source),
         codewords_(codewords),
         kernels_(encode_kernels_here()),
-        cu_(static_cast<const int64_t*>(offsets.const_data_ptr())),
-        bags_(offsets.size(0) - 1),
-        total_(cu_[bags_]),
+        segments_(offsets, kLeastRows, codewords.words * codewords.ld * static_cast<int64_t>(sizeof(double))),
         known_(known),
-        nearest_(codewords, known ? 0 : total_, source.bfloat16()) {
-    const int64_t sums = codewords.words * codewords.ld * static_cast<int64_t>(sizeof(double));
-    int64_t segments = 1;
-    const auto one_more = [&] {
-      const int64_t rows = total_ / (2 * segments);
-      return rows >= (segments < kFairSegments ? kLeastRows : kFairRows) && 2 * segments <= kMostSegments &&
-          (segments < 4 || 2 * segments * sums <= kPartialBytes);
-    };
-    while (one_more()) segments *= 2;
-    segment_rows_ = std::max<int64_t>((total_ + segments - 1) / segments, 1);
-    parts_.resize((total_ + segment_rows_ - 1) / segment_rows_);
-  }
+        nearest_(codewords, known ? 0 : segments_.total, source.bfloat16()) {}
 
   void run(float* residuals, int64_t* counts, int64_t* codes, float* distances) {
     residuals_ = residuals, counts_ = counts, codes_ = codes, distances_ = distances;
-    std::fill(codes + total_, codes + source_.rows(), -1);
-    if (distances) std::fill(distances + total_, distances + source_.rows(), 0.0f);
-    clear_empty_bags();
-    torch::stable::parallel_for(0, static_cast<int64_t>(parts_.size()), 1, [&](int64_t begin, int64_t end) {
+    const int64_t total = segments_.total, words = codewords_.words, cells = words * codewords_.dim;
+    std::fill(codes + total, codes + source_.rows(), -1);
+    if (distances) std::fill(distances + total, distances + source_.rows(), 0.0f);
+    segments_.for_each_empty([&](int64_t bag) {
+      std::memset(residuals + bag * cells, 0, cells * sizeof(float));
+      std::memset(counts + bag * words, 0, words * sizeof(int64_t));
+    });
+    torch::stable::parallel_for(0, segments_.count(), 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t s = begin; s < end; ++s) segment(s, scratch);
     });
     STD_TORCH_CHECK(!bad_code_, "hard_encode: row_codes must be below the ", codewords_.words, " codewords");
-    add_parts();
+    segments_.add_parts(words, *this);
   }
 
- private:
-  // Sums of a bag that began before its segment, and of one that goes on after it.
-  struct Parts {
-    std::unique_ptr<Sums> head, tail;
-    int64_t head_bag = -1, tail_bag = -1;
-  };
+  // Row k of a bag from the sums of its segments.
+  void write(int64_t bag, int64_t k, const Sums* const* sums, int64_t n) {
+    const int64_t dim = codewords_.dim, cell = bag * codewords_.words + k;
+    float* out = residuals_ + cell * dim;
+    int64_t members = 0, touched = 0;
+    const double* only = nullptr;
+    for (int64_t p = 0; p < n; ++p)
+      if (sums[p]->count(k) > 0) {
+        members += sums[p]->count(k);
+        only = sums[p]->sum(k);
+        ++touched;
+      }
+    counts_[cell] = members;
+    if (touched == 0) {
+      std::memset(out, 0, dim * sizeof(float));
+    } else if (touched == 1) {
+      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(only[j]);
+    } else {
+      std::vector<double> sum(dim, 0.0);
+      for (int64_t p = 0; p < n; ++p)
+        if (sums[p]->count(k) > 0)
+          for (int64_t j = 0; j < dim; ++j) sum[j] += sums[p]->sum(k)[j];
+      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(sum[j]);
+    }
+  }
 
+  std::unique_ptr<Sums> make() const { return std::make_unique<Sums>(codewords_); }
+
+ private:
   struct Scratch {
     explicit Scratch(const HardEncode& e)
-        : block(std::min(e.nearest_.block_rows(), e.segment_rows_)),
+        : block(std::min(e.nearest_.block_rows(), e.segments_.rows)),
           buffer(e.source_.in_place() ? 0 : block * e.codewords_.ld),
           rows(block),
           code(block),
@@ -110,8 +119,11 @@ class HardEncode {
   };
 
   void segment(int64_t s, Scratch& t) {
-    const int64_t begin = s * segment_rows_, end = std::min(begin + segment_rows_, total_);
-    int64_t bag = std::upper_bound(cu_, cu_ + bags_ + 1, begin) - cu_ - 1;
+    const int64_t begin = segments_.begin(s), end = segments_.end(s), *cu = segments_.cu;
+    const auto finish = [&](int64_t b) {
+      segments_.finish(b, s, t.sums, codewords_.words, *this);
+    };
+    int64_t bag = segments_.first_bag(s);
     for (int64_t first = begin; first < end; first += t.block) {
       const int64_t past = std::min(first + t.block, end);
       const int64_t taken = read(first, past, t);
@@ -119,13 +131,13 @@ class HardEncode {
         nearest_.assign(
             t.rows.data(), taken, t.code.data(), t.nearest, following(past, std::min(past + t.block, end)));
       for (int64_t n = 0; n < taken;) {
-        for (; t.at[n] >= cu_[bag + 1]; ++bag) finish(bag, s, begin, end, t);
+        for (; t.at[n] >= cu[bag + 1]; ++bag) finish(bag);
         const int64_t from = n;
-        while (n < taken && t.at[n] < cu_[bag + 1]) ++n;
+        while (n < taken && t.at[n] < cu[bag + 1]) ++n;
         add_rows(from, n, t);
       }
     }
-    for (; bag < bags_ && cu_[bag] < end; ++bag) finish(bag, s, begin, end, t);
+    for (; bag < segments_.bags && cu[bag] < end; ++bag) finish(bag);
   }
 
   // Adds rows of one bag, codeword by codeword, so that sums are read and written once for several rows.
@@ -175,93 +187,12 @@ class HardEncode {
     return {source_.stored(first), source_.stored(past - 1) + source_.dim() * element_bytes(source_.format())};
   }
 
-  // The rows of the bag in this segment are through.
-  void finish(int64_t bag, int64_t s, int64_t begin, int64_t end, Scratch& t) {
-    if (cu_[bag] == cu_[bag + 1]) return;
-    const bool head = cu_[bag] < begin, tail = cu_[bag + 1] > end;
-    if (!head && !tail) {
-      for (int64_t k = 0; k < codewords_.words; ++k) {
-        const Sums* one = t.sums.get();
-        write(bag, k, &one, 1);
-      }
-      t.sums->clear();
-      return;
-    }
-    (head ? parts_[s].head : parts_[s].tail) = std::move(t.sums);
-    (head ? parts_[s].head_bag : parts_[s].tail_bag) = bag;
-    t.sums.reset(new Sums(codewords_));
-  }
-
-  // Row k of a bag from the sums of its segments.
-  void write(int64_t bag, int64_t k, const Sums* const* sums, int64_t n) {
-    const int64_t dim = codewords_.dim, cell = bag * codewords_.words + k;
-    float* out = residuals_ + cell * dim;
-    int64_t members = 0, touched = 0;
-    const double* only = nullptr;
-    for (int64_t p = 0; p < n; ++p)
-      if (sums[p]->count(k) > 0) {
-        members += sums[p]->count(k);
-        only = sums[p]->sum(k);
-        ++touched;
-      }
-    counts_[cell] = members;
-    if (touched == 0) {
-      std::memset(out, 0, dim * sizeof(float));
-    } else if (touched == 1) {
-      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(only[j]);
-    } else {
-      std::vector<double> sum(dim, 0.0);
-      for (int64_t p = 0; p < n; ++p)
-        if (sums[p]->count(k) > 0)
-          for (int64_t j = 0; j < dim; ++j) sum[j] += sums[p]->sum(k)[j];
-      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(sum[j]);
-    }
-  }
-
-  void clear_empty_bags() {
-    const int64_t words = codewords_.words, cells = words * codewords_.dim;
-    torch::stable::parallel_for(0, bags_, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        if (cu_[b] < cu_[b + 1]) continue;
-        std::memset(residuals_ + b * cells, 0, cells * sizeof(float));
-        std::memset(counts_ + b * words, 0, words * sizeof(int64_t));
-      }
-    });
-  }
-
-  void add_parts() {
-    struct Spanning {
-      int64_t bag;
-      std::vector<const Sums*> sums;
-    };
-    std::vector<Spanning> spanning;
-    const auto take = [&](int64_t bag, const std::unique_ptr<Sums>& sums) {
-      if (!sums) return;
-      if (spanning.empty() || spanning.back().bag != bag) spanning.push_back({bag, {}});
-      spanning.back().sums.push_back(sums.get());
-    };
-    for (const Parts& p : parts_) {
-      take(p.head_bag, p.head);
-      take(p.tail_bag, p.tail);
-    }
-    const int64_t words = codewords_.words, cells = static_cast<int64_t>(spanning.size()) * words;
-    torch::stable::parallel_for(0, cells, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t cell = begin; cell < end; ++cell) {
-        const Spanning& bag = spanning[cell / words];
-        write(bag.bag, cell % words, bag.sums.data(), static_cast<int64_t>(bag.sums.size()));
-      }
-    });
-  }
-
   const RowSource& source_;
   const Codewords& codewords_;
   const EncodeKernels& kernels_;
-  const int64_t* cu_;
-  const int64_t bags_, total_;
+  Segments<Sums> segments_;
   const int16_t* known_;
   const Nearest nearest_;
-  int64_t segment_rows_;
-  std::vector<Parts> parts_;
   std::atomic<bool> bad_code_{false};
   float* residuals_ = nullptr;
   int64_t *counts_ = nullptr, *codes_ = nullptr;

@@ -2,37 +2,12 @@
 // The specification is dre_fast/reference/hard.py:hard_encode_backward.
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "encode.h"
 
 namespace dre_fast {
-namespace {
-
-// Gradients are not bounded by their format: what lies outside becomes infinite.
-uint16_t to_half_or_inf(float x) {
-  const float a = std::fabs(x);
-  if (a < 65520.0f) return to_half(x);  // rounds to 65504 at most
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  return std::isnan(x) ? 0x7e00 : static_cast<uint16_t>(sign | 0x7c00);
-}
-
-uint16_t to_bfloat16_or_nan(float x) { return std::isnan(x) ? 0x7fc0 : to_bfloat16(x); }
-
-void store_as(Format format, const float* x, int64_t dim, char* out) {
-  if (format == Format::kFloat32) {
-    std::memcpy(out, x, dim * sizeof(float));
-    return;
-  }
-  auto* v = reinterpret_cast<uint16_t*>(out);
-  for (int64_t j = 0; j < dim; ++j)
-    v[j] = format == Format::kFloat16 ? to_half_or_inf(x[j]) : to_bfloat16_or_nan(x[j]);
-}
-
-}  // namespace
-
 Tensor hard_encode_backward_cpu(
     const Tensor& grad, const Tensor& codes, const Tensor& cu_seqlens, const OptionalTensor& x,
     const OptionalTensor& index, bool unit) {
@@ -82,7 +57,7 @@ Tensor hard_encode_backward_cpu(
       }
       const float *gi = gradient.decoded(cell, g.data()), *xi = source->decoded(r, y.data());
       encode_kernels_here().unit_backward(gi, xi, padded(dim), d.data());
-      store_as(format, d.data(), dim, to);
+      store_row(format, d.data(), dim, to);
     }
   });
   return out;

@@ -1,12 +1,19 @@
 #include "encode_rows.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "bank.h"
 
 namespace dre_fast {
 namespace {
+
+// A power of two of segments shares out evenly.
+constexpr int64_t kFairRows = 16384, kFairSegments = 16, kMostSegments = 64;
+constexpr int64_t kPartialBytes = int64_t{256} << 20;  // about how much the sums of all segments may take
 
 const EncodeKernels& choose_encode_kernels() {
 #if defined(__x86_64__)
@@ -23,6 +30,16 @@ const EncodeKernels& choose_encode_kernels() {
 Tensor with_unit_columns(const Tensor& x) {
   return x.dim() != 2 || x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
 }
+
+// Gradients are not bounded by their format: what lies outside becomes infinite.
+uint16_t to_half_or_inf(float x) {
+  const float a = std::fabs(x);
+  if (a < 65520.0f) return to_half(x);  // rounds to 65504 at most
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  return std::isnan(x) ? 0x7e00 : static_cast<uint16_t>(sign | 0x7c00);
+}
+
+uint16_t to_bfloat16_or_nan(float x) { return std::isnan(x) ? 0x7fc0 : to_bfloat16(x); }
 
 }  // namespace
 
@@ -47,6 +64,26 @@ Tensor checked_offsets(const char* op, const Tensor& cu_seqlens, int64_t rows) {
   STD_TORCH_CHECK(
       ascending && at[bags] <= rows, op, ": cu_seqlens must ascend from 0 to at most the ", rows, " rows");
   return offsets;
+}
+
+int64_t rows_of_segment(int64_t rows, int64_t least, int64_t bytes) {
+  int64_t segments = 1;
+  const auto one_more = [&] {
+    return rows / (2 * segments) >= (segments < kFairSegments ? least : kFairRows) &&
+        2 * segments <= kMostSegments && (segments < 4 || 2 * segments * bytes <= kPartialBytes);
+  };
+  while (one_more()) segments *= 2;
+  return std::max<int64_t>((rows + segments - 1) / segments, 1);
+}
+
+void store_row(Format format, const float* x, int64_t dim, char* out) {
+  if (format == Format::kFloat32) {
+    std::memcpy(out, x, dim * sizeof(float));
+    return;
+  }
+  auto* v = reinterpret_cast<uint16_t*>(out);
+  for (int64_t j = 0; j < dim; ++j)
+    v[j] = format == Format::kFloat16 ? to_half_or_inf(x[j]) : to_bfloat16_or_nan(x[j]);
 }
 
 RowSource::RowSource(

@@ -22,6 +22,13 @@ inline const float* floats(const Tensor& t) { return static_cast<const float*>(t
 // Checks offsets [B+1] over `rows` rows and makes them contiguous.
 Tensor checked_offsets(const char* op, const Tensor& cu_seqlens, int64_t rows);
 
+// Rows of a segment, at least about `least`, where the sums of one take `bytes`: a bag of many rows is summed in
+// segments, which do not depend on the number of threads, and these are added up in their order.
+int64_t rows_of_segment(int64_t rows, int64_t least, int64_t bytes);
+
+// x [dim] -> out in float32, float16 or bfloat16; what lies outside the format becomes infinite.
+void store_row(Format format, const float* x, int64_t dim, char* out);
+
 class RowSource {
  public:
   RowSource(

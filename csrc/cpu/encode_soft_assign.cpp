@@ -1,0 +1,117 @@
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "encode_soft.h"
+#include "bank.h"
+
+namespace dre_fast {
+namespace {
+
+constexpr int64_t kBlockBytes = 512 << 10;  // rows, logits and assignment of a block stay in a core's cache
+constexpr int64_t kLeastBlock = 192, kMostBlock = 384;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+const SoftKernels& choose_soft_kernels() {
+#if defined(__x86_64__)
+  const std::string level = cpu_level();
+  if (level == "avx512") return soft_kernels_avx512;
+  if (level == "avx2") return soft_kernels_avx2;
+#endif
+  return soft_kernels_default;
+}
+
+}  // namespace
+
+const SoftKernels& soft_kernels_here() {
+  static const SoftKernels& chosen = choose_soft_kernels();
+  return chosen;
+}
+
+void Transposed::fill(const float* matrix, int64_t rows, int64_t pitch) {
+  for (int64_t first = 0; first < rows; first += kPanel) {
+    float* panel = values_.data() + first * ld_;
+    const int64_t taken = std::min(kPanel, rows - first);
+    for (int64_t k = 0; k < taken; ++k) {
+      const float* row = matrix + (first + k) * pitch;
+      for (int64_t j = 0; j < ld_; ++j) panel[j * kPanel + k] = row[j];
+    }
+  }
+}
+
+SoftAssignment::Block::Block(const SoftAssignment& owner, int64_t rows)
+    : pitch(pitch_of(owner.centre.ld)),
+      words(owner.padded_words),
+      x(rows * pitch),
+      squares(rows),
+      z(rows * words),
+      a(rows * words),
+      at(rows) {}
+
+SoftAssignment::SoftAssignment(
+    const char* op, const Tensor& codebook, const OptionalTensor& scale, const OptionalTensor& weight,
+    const OptionalTensor& bias)
+    : centre(codebook),
+      padded_words(padded(centre.words)),
+      points_(centre.words * pitch_of(centre.ld), 0.0f),
+      start_(padded_words, scale ? kInfinity : -kInfinity),  // padding has no weight
+      packed_(centre.words, centre.ld) {
+  const int64_t words = centre.words, ld = centre.ld;
+  STD_TORCH_CHECK(scale.has_value() != weight.has_value(), op, ": give either scale or weight");
+  STD_TORCH_CHECK(
+      !weight || (weight->dim() == 2 && weight->size(0) == words && weight->size(1) == centre.dim), op,
+      ": weight must be [", words, ", ", centre.dim, "]");
+  const auto vector = [&](const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == words, op, ": ", name, " must have ", words, " entries");
+    return as_float(t);
+  };
+  const Tensor w = as_float(weight ? *weight : codebook);
+  for (int64_t k = 0; k < words; ++k)
+    for (int64_t j = 0; j < centre.dim; ++j)
+      points_[k * pitch_of(ld) + j] = (scale ? -2.0f : 1.0f) * floats(w)[k * centre.dim + j];
+  if (scale) {
+    const Tensor s = vector("scale", *scale);
+    minus_scale_.assign(padded_words, -1.0f);
+    for (int64_t k = 0; k < words; ++k) {
+      minus_scale_[k] = -floats(s)[k];
+      start_[k] = soft_kernels_here().square(centre[k], ld);
+    }
+  } else if (bias) {
+    const Tensor b = vector("bias", *bias);
+    std::memcpy(start_.data(), floats(b), words * sizeof(float));
+  } else {
+    std::fill(start_.begin(), start_.begin() + words, 0.0f);
+  }
+  packed_.fill(points_.data(), words, pitch_of(ld));
+  const int64_t row_bytes = (ld + 2 * padded_words) * static_cast<int64_t>(sizeof(float));
+  block_rows_ = std::clamp(kBlockBytes / row_bytes, kLeastBlock, kMostBlock);
+}
+
+void SoftAssignment::assign(
+    const RowSource& source, int64_t first, int64_t past, int64_t end, Block& block) const {
+  const SoftKernels& kernels = soft_kernels_here();
+  block.taken = 0;
+  for (int64_t i = first; i < past; ++i) {
+    const int64_t r = source.at(i);
+    if (r < 0) continue;
+    const float* x = source.decoded(r, block.row(block.taken));
+    if (by_distance()) block.squares[block.taken] = kernels.square(x, centre.ld);
+    block.at[block.taken++] = i;
+  }
+  const int64_t next = std::min(past + block_rows_, end);
+  const char *ahead = nullptr, *ahead_end = nullptr;
+  if (source.in_order() && past < next) {
+    ahead = source.stored(past);
+    ahead_end = source.stored(next - 1) + source.dim() * element_bytes(source.format());
+  }
+  if (block.taken == 0) return;
+  // the exponential multiplies the errors of logits
+  kernels.product(
+      {block.x.data(), block.pitch, 1}, block.taken, centre.ld, packed_.get(), padded_words, start_.data(), block.z.data(),
+      padded_words, kShort, ahead, ahead_end);
+  kernels.softmax(
+      block.z.data(), block.taken, padded_words, by_distance() ? block.squares.data() : nullptr, minus_scale(),
+      block.a.data());
+}
+
+}  // namespace dre_fast
