@@ -1,8 +1,9 @@
-"""The contract of soft encode and its backward on one input, for the interpreted and for the compiled Triton kernels."""
+"""The contract of soft encode and its backward on one input: interpreted and compiled Triton kernels, C++."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,11 +101,12 @@ def check(
     index: Tensor | None = None,
     row_scale: Tensor | None = None,
     unit: bool = False,
+    encode: Callable[..., tuple[Tensor, ...]] = soft_encode,
 ) -> tuple[Tensor, Tensor]:
-    """The whole contract of the forward on one input; returns the kernel's V and mass."""
+    """The whole contract of the forward on one input; returns the V and mass of ``encode``."""
     arguments = {**given, "index": index, "row_scale": row_scale, "unit": unit}
-    V, mass = soft_encode(x, codebook, cu_seqlens, **arguments)
-    again = soft_encode(x, codebook, cu_seqlens, **arguments)
+    V, mass = encode(x, codebook, cu_seqlens, **arguments)
+    again = encode(x, codebook, cu_seqlens, **arguments)
     assert torch.equal(V, again[0]), "two runs differ"
     assert torch.equal(mass, again[1]), "two runs differ"
     assert V.dtype == mass.dtype == torch.float32
@@ -125,8 +127,9 @@ def check_backward(
     index: Tensor | None = None,
     row_scale: Tensor | None = None,
     unit: bool = False,
+    backward: Callable[..., tuple[Tensor, ...]] = soft_encode_backward,
 ) -> dict[str, Tensor]:
-    """The whole contract of the backward on one input; returns the kernel's gradients by name."""
+    """The whole contract of the backward on one input; returns the gradients of ``backward`` by name."""
     (words, dim), bags = codebook.shape, len(cu_seqlens) - 1
     rows = read_rows(x, dim, None, row_scale, False, torch.float64)
     double = {name: t.double() for name, t in given.items()}
@@ -137,10 +140,8 @@ def check_backward(
         torch.randn(bags, words, device=x.device),
     )
     arguments = (*grads, x, codebook, cu_seqlens, mass.float())
-    got = soft_encode_backward(*arguments, **given, **source, row_scale=row_scale)
-    for one, other in zip(
-        got, soft_encode_backward(*arguments, **given, **source, row_scale=row_scale), strict=True
-    ):
+    got, again = (backward(*arguments, **given, **source, row_scale=row_scale) for _ in range(2))
+    for one, other in zip(got, again, strict=True):
         assert torch.equal(one, other), "two runs differ"
     exact = reference.soft_encode_backward(
         *(g.double() for g in grads), rows, codebook.double(), cu_seqlens, mass, **double, **source

@@ -57,7 +57,8 @@ SoftAssignment::SoftAssignment(
       start_(padded_words, scale ? kInfinity : -kInfinity),  // padding has no weight
       packed_(centre.words, centre.ld) {
   const int64_t words = centre.words, ld = centre.ld;
-  STD_TORCH_CHECK(scale.has_value() != weight.has_value(), op, ": give either scale or weight");
+  STD_TORCH_CHECK(scale.has_value() != weight.has_value(), op, ": give either scale, or weight and perhaps bias");
+  STD_TORCH_CHECK(weight || !bias, op, ": bias goes with weight");
   STD_TORCH_CHECK(
       !weight || (weight->dim() == 2 && weight->size(0) == words && weight->size(1) == centre.dim), op,
       ": weight must be [", words, ", ", centre.dim, "]");
