@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dre_fast.codebook_rows import CHUNK, Chunk, bag_weights, chunks, row_chunks, survey
+from dre_fast.codebook_rows import CHUNK, Chunk, again, bag_weights, chunks, in_units, row_chunks, survey
 from dre_fast.codebook_start import INITS, start
 from dre_fast.ops import encode as ops
 from dre_fast.progress import progress
@@ -58,7 +58,7 @@ def fit_codebook(
         seed: seed of the sample, the start and the mini-batches.
         tolerance: stop Lloyd steps when the codewords together move, in squared distance, by at most this share of the
             rows' mean variance per dimension (of the sample).
-        weights: [N], >= 0, how much each row counts, in the order the rows come.
+        weights: [N], >= 0, how much each row counts, in the order the rows come; a row of weight 0 counts as absent.
             :func:`~dre_fast.codebook.bag_weights` makes every bag count equally.
         batch_size: rows of a mini-batch. Batches run through a seeded permutation of the rows, so all are seen once
             before any is seen again. Tensors and banks only, without weights; a bank's row numbers (8 bytes a row) are
@@ -71,7 +71,7 @@ def fit_codebook(
 
     Raises:
         ValueError: fewer rows than codewords, NaN or Inf in a row (named), a warm start or weights that do not fit,
-            negative iterations, an unknown init, rows that can be gone through only once.
+            negative iterations, an unknown init, rows that can be gone through only once or differ between passes.
 
     Source: DRE-SLCL, arXiv 2511.05034 (k-means on bank rows); Arthur & Vassilvitskii 2007, Bahmani et al.
     2012 (starts); Lloyd 1982; Sculley 2010 (mini-batches).
@@ -85,10 +85,12 @@ def fit_codebook(
     if batch_size is not None:
         _check_batches(rows_or_bank, batch_size, weights)
     want = min(_SAMPLE_PER_CODEWORD * codewords, max(_SAMPLE, 16 * codewords))
+    weights, unit = (None, 1.0) if weights is None else in_units(weights)
     seen = survey(rows_or_bank, want, seed, weights)
-    if seen.count < codewords:
+    if len(seen.sample) < codewords:
+        kind = "rows" if weights is None else "rows with a weight above 0"
         raise ValueError(
-            f"fit_codebook: {codewords} codewords need at least as many rows, got {seen.count}; "
+            f"fit_codebook: {codewords} codewords need at least as many {kind}, got {len(seen.sample)}; "
             "ask for fewer codewords or pass more rows"
         )
     if warm_start is None:
@@ -97,19 +99,22 @@ def fit_codebook(
         codebook = _checked_warm_start(warm_start, codewords, seen.sample)
     trace: list[float] = [] if history is None else history
     if batch_size is None:
-        codebook = _lloyd(rows_or_bank, codebook, iterations, tolerance * seen.variance, weights, trace)
+        enough = tolerance * seen.variance
+        codebook = _lloyd(rows_or_bank, seen.count, codebook, iterations, enough, weights, unit, trace)
     else:
         codebook = _mini_batches(rows_or_bank, codebook, iterations, batch_size, seed, seen.count, trace)
     inertia = torch.zeros((), dtype=torch.float64, device=codebook.device)
-    for chunk in chunks(rows_or_bank):
+    for chunk in again(rows_or_bank, seen.count):
         distance = ops.nearest(chunk.x, chunk.index, chunk.row_scale, codebook)[1]
         each = _of(weights, chunk)
         inertia += distance.sum(dtype=torch.float64) if each is None else (distance.double() * each).sum()
-    trace.append(float(inertia))
-    return codebook, float(inertia)
+    trace.append(unit * float(inertia))
+    return codebook, trace[-1]
 
 
 def _checked_warm_start(warm_start: Tensor, codewords: int, sample: Tensor) -> Tensor:
+    if not isinstance(warm_start, Tensor):
+        raise ValueError(f"fit_codebook: warm_start must be a tensor, got {type(warm_start).__name__}")
     if warm_start.shape != (codewords, sample.shape[1]):
         raise ValueError(
             f"fit_codebook: warm_start must be {(codewords, sample.shape[1])}, got {tuple(warm_start.shape)}"
@@ -130,13 +135,21 @@ def _of(weights: Tensor | None, chunk: Chunk) -> Tensor | None:
 
 
 def _lloyd(
-    rows: Any, codebook: Tensor, iterations: int, enough: float, weights: Tensor | None, trace: list[float]
+    rows: Any,
+    count: int,
+    codebook: Tensor,
+    iterations: int,
+    enough: float,
+    weights: Tensor | None,
+    unit: float,
+    trace: list[float],
 ) -> Tensor:
+    """Steps until the codewords move by ``enough``. Weights are given, and inertia is not, in units of ``unit``."""
     for _ in progress(range(iterations), "k-means", unit="pass"):
         one = _Pass(codebook)
-        for chunk in chunks(rows):
+        for chunk in again(rows, count):
             one.add(chunk, _of(weights, chunk))
-        trace.append(float(one.inertia))
+        trace.append(unit * float(one.inertia))
         moved = one.codebook()
         shift = float((moved - codebook).square().sum())
         codebook = moved
@@ -170,14 +183,14 @@ class _Pass:
             self.sums += ops.encode_known(weighted.float(), codes, len(self.start))
             add_rows(self.members, codes, weights[:, None])
             self.inertia += (distance.double() * weights).sum()
-            distance = torch.where(weights > 0, distance, 0.0)
+            # no codeword moves to a row that does not count
+            distance = torch.where(weights > 0, distance, -1.0)
         self._keep_farthest(chunk, distance)
 
     def _keep_farthest(self, chunk: Chunk, distance: Tensor) -> None:
         """More rows than could be wanted; equal distances in the order of the rows."""
         full = len(self.far_distance) == _FARTHEST
-        place = (distance > self.far_distance[-1]).nonzero()[:, 0] if full else torch.arange(len(distance))
-        place = place.to(distance.device)
+        place = (distance > self.far_distance[-1] if full else distance >= 0).nonzero()[:, 0]
         if len(place) > _FARTHEST:
             place = place[distance[place].topk(_FARTHEST, sorted=False).indices.sort().values]
         far = torch.cat([self.far_distance, distance[place]])

@@ -60,6 +60,26 @@ def chunks(rows: Any, size: int | None = None) -> Iterator[Chunk]:
                 first += len(piece)
 
 
+def again(rows: Any, count: int) -> Iterator[Chunk]:
+    """The chunks of another pass over the same rows.
+
+    Raises:
+        ValueError: not ``count`` rows, as the first pass gave.
+    """
+    given = 0
+    for chunk in chunks(rows):
+        given += len(chunk)
+        if given > count:
+            break
+        yield chunk
+    if given != count:
+        more = "more than " if given > count else ""
+        raise ValueError(
+            f"fit_codebook: rows gave {more}{min(given, count)} rows in another pass, {count} in the first; each pass "
+            "must go through the same rows from the start"
+        )
+
+
 def _parts(rows: Any, size: int) -> Iterator[Tensor]:
     if isinstance(rows, Tensor):
         yield rows
@@ -108,7 +128,7 @@ def bag_weights(cu_seqlens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass finds: the number of rows, a uniform sample fp32 [n, D], and its weights or None."""
+    """What one pass finds: the number of rows, a uniform sample of those that have weight, fp32 [n, D], its weights."""
 
     count: int
     sample: Tensor
@@ -121,7 +141,7 @@ class Survey:
 
 
 def survey(rows: Any, want: int, seed: int, weights: Tensor | None) -> Survey:
-    """Count and check the rows, and keep a uniform sample of at most ``want``, in one pass.
+    """Count and check the rows, and keep a uniform sample of at most ``want`` that have weight, in one pass.
 
     Each row has a number from a hash of its position and the seed, and the smallest stay: the same sample
     however the rows are cut into chunks.
@@ -141,6 +161,9 @@ def survey(rows: Any, want: int, seed: int, weights: Tensor | None) -> Survey:
         if chunk.row_scale is None and chunk.index is None:  # a bank checks what is written to it
             finite.append(chunk.x.sum(dtype=torch.float32))
         drawn = hashed_uniform(count, len(chunk), seed)
+        if weights is not None:
+            absent = weights[count : count + len(chunk)].cpu() == 0
+            drawn[: len(absent)].masked_fill_(absent, 2.0)
         limit = float(keys.max()) if len(keys) == want else 1.0
         few = (drawn < limit).nonzero()[:, 0]
         few = few[drawn[few].argsort(stable=True)[:want]]
@@ -156,7 +179,8 @@ def survey(rows: Any, want: int, seed: int, weights: Tensor | None) -> Survey:
         _raise_not_finite(rows)
     numbers, order = numbers.sort()  # in the order of the rows
     if weights is not None:
-        _check_weights(weights, count)
+        if len(weights) != count:
+            raise ValueError(f"fit_codebook: {len(weights)} weights for {count} rows; give one a row")
         weights = weights[numbers.to(weights.device)].to(sample.device, torch.float64)
     return Survey(count, sample[order.to(sample.device)], weights)
 
@@ -169,15 +193,24 @@ def _raise_not_finite(rows: Any) -> None:
             raise ValueError(f"fit_codebook: row {row} holds NaN or Inf; drop such rows first")
 
 
-def _check_weights(weights: Tensor, count: int) -> None:
-    if weights.shape != (count,) or not weights.is_floating_point():
-        raise ValueError(
-            f"fit_codebook: weights must be floating point [{count}], one a row, got {weights.dtype} "
-            f"{tuple(weights.shape)}"
+def in_units(weights: Tensor) -> tuple[Tensor, float]:
+    """Weights in float64 as shares of the largest, so that no sum of them leaves the range of fp32, and the largest.
+
+    Raises:
+        ValueError: not a floating point tensor [N] of numbers >= 0 (the row is named), or all of them 0.
+    """
+    if not isinstance(weights, Tensor) or weights.dim() != 1 or not weights.is_floating_point():
+        got = (
+            f"{weights.dtype} {tuple(weights.shape)}"
+            if isinstance(weights, Tensor)
+            else type(weights).__name__
         )
+        raise ValueError(f"fit_codebook: weights must be a floating point tensor [N], one a row, got {got}")
     wrong = ~(torch.isfinite(weights) & (weights >= 0))
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(f"fit_codebook: the weight of row {row} is {float(weights[row])}; weights are >= 0")
     if not weights.any():
         raise ValueError("fit_codebook: all weights are 0")
+    unit = float(weights.max())
+    return weights.double() / unit, unit

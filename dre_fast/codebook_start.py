@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dre_fast.codebook_rows import Survey, chunks
+from dre_fast.codebook_rows import Survey, again
 from dre_fast.ops import encode as ops
 from dre_fast.reference.kmeans import kmeans_plus_plus
 from dre_fast.reference.rows import add_rows
@@ -32,9 +32,7 @@ def _draw(seen: Survey, count: int, generator: torch.Generator) -> Tensor:
     if seen.weights is None:
         chosen = torch.randperm(len(seen.sample), generator=generator)[:count]
     else:
-        # rows without weight come last: they are drawn only when there are too few others
-        chance = seen.weights.cpu().clamp(min=1e-300)
-        chosen = chance.multinomial(count, generator=generator)
+        chosen = seen.weights.cpu().multinomial(count, generator=generator)
     return seen.sample[chosen.to(seen.sample.device)].clone()
 
 
@@ -49,22 +47,20 @@ def _parallel(
     Source: Bahmani et al. 2012 ("Scalable k-means++"), algorithm 2.
     """
     candidates = new = _draw(seen, 1, generator)
-    nearest: list[Tensor] = []
+    nearest = torch.full((seen.count,), torch.inf, device=candidates.device)
     for turn in range(_ROUNDS):
         cost = torch.zeros((), dtype=torch.float64)
-        for number, chunk in enumerate(chunks(rows)):
+        for chunk in again(rows, seen.count):
+            known = nearest[chunk.first : chunk.first + len(chunk)]
             distance = ops.nearest(chunk.x, chunk.index, chunk.row_scale, new)[1]
-            if turn:
-                distance = torch.minimum(distance, nearest[number])
-                nearest[number] = distance
-            else:
-                nearest.append(distance)
-            cost += _weighted(distance, weights, chunk.first).sum().cpu()
+            torch.minimum(distance.to(known), known, out=known)
+            cost += _weighted(known, weights, chunk.first).sum().cpu()
         if float(cost) == 0.0:
             break  # every row is a candidate already
         drawn = []
-        for number, chunk in enumerate(chunks(rows)):
-            chance = 2 * codewords * _weighted(nearest[number], weights, chunk.first).cpu() / cost
+        for chunk in again(rows, seen.count):
+            known = nearest[chunk.first : chunk.first + len(chunk)]
+            chance = 2 * codewords * _weighted(known, weights, chunk.first).cpu() / cost
             chosen = hashed_uniform(chunk.first, len(chunk), seed, turn + 1) < chance
             if chosen.any():
                 drawn.append(chunk.values(chosen.nonzero()[:, 0].to(chunk.x.device)))
@@ -75,7 +71,7 @@ def _parallel(
     if len(candidates) < codewords:  # few distinct rows, or few rows altogether
         candidates = torch.cat([candidates, _draw(seen, codewords - len(candidates), generator)])
     members = torch.zeros(len(candidates), 1, dtype=torch.float64, device=candidates.device)
-    for chunk in chunks(rows):
+    for chunk in again(rows, seen.count):
         codes = ops.nearest(chunk.x, chunk.index, chunk.row_scale, candidates)[0]
         each = _weighted(torch.ones_like(codes, dtype=torch.float64), weights, chunk.first)
         add_rows(members, codes, each[:, None])

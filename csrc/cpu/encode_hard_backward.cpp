@@ -18,18 +18,19 @@ Tensor hard_encode_backward_cpu(
   const int64_t rows = codes.size(0), bags = grad.size(0), words = grad.size(1), dim = grad.size(2);
   const Tensor offsets = checked_offsets(op, cu_seqlens, rows), code_kept = torch::stable::contiguous(codes);
   STD_TORCH_CHECK(offsets.size(0) == bags + 1, op, ": cu_seqlens must have one entry more than grad has bags");
-  // the gradient of the bags, as rows of D: its format is that of the rows
+  // the gradient of the bags, as rows of D
   const Tensor table = torch::stable::reshape(torch::stable::contiguous(grad), {bags * words, dim});
   const RowSource gradient(op, table, dim, std::nullopt, std::nullopt, false);
-  const Format format = gradient.format();
-  STD_TORCH_CHECK(!has_scale(format), op, ": grad must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(!has_scale(gradient.format()), op, ": grad must be float32, float16 or bfloat16");
   std::optional<RowSource> source;
   if (unit) {
     source.emplace(op, *x, dim, index, std::nullopt, false);
     STD_TORCH_CHECK(source->rows() == rows, op, ": codes must have one entry for each of the ", source->rows(), " rows");
+    STD_TORCH_CHECK(!has_scale(source->format()), op, ": x must be float32, float16 or bfloat16");
   }
+  const Format format = source ? source->format() : gradient.format();
 
-  Tensor out = torch::stable::new_empty(grad, {rows, dim}, grad.scalar_type());
+  Tensor out = torch::stable::new_empty(grad, {rows, dim}, unit ? x->scalar_type() : grad.scalar_type());
   char* written = static_cast<char*>(out.mutable_data_ptr());
   const auto* cu = static_cast<const int64_t*>(offsets.const_data_ptr());
   const auto* code = static_cast<const int64_t*>(code_kept.const_data_ptr());

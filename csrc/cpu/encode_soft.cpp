@@ -1,4 +1,4 @@
-// Soft encoding on the CPU: V_bk = sum_i a_ik x_i - (sum_i a_ik) c_k. Rows are read once, a block at a time; while a
+// Soft encoding on the CPU: V_bk = sum_i a_ik (x_i - m) - (sum_i a_ik) (c_k - m) for a middle m of the codewords. Rows are read once, a block at a time; while a
 // block is in cache it is assigned and added to the sums. The specification is dre_fast/reference/soft.py.
 
 #include "encode_soft.h"
@@ -14,7 +14,7 @@
 namespace dre_fast {
 namespace {
 
-// sum_i a_ik x_i and sum_i a_ik of one bag.
+// sum_i a_ik (x_i - m) and sum_i a_ik of one bag.
 struct Sums {
   explicit Sums(const SoftAssignment& by) : sum(by.centre.words * by.centre.ld, 0.0f), mass(by.padded_words, 0.0) {}
   void clear() {

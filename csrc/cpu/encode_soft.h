@@ -35,7 +35,7 @@ class SoftAssignment {
     Block(const SoftAssignment& owner, int64_t rows);
     float* row(int64_t n) { return x.data() + n * pitch; }
     int64_t pitch, words, taken = 0;
-    std::vector<float> x;        // [taken, pitch]
+    std::vector<float> x;        // x_i - m [taken, pitch]
     std::vector<float> squares;  // of the rows, [taken]
     std::vector<float> z;        // distances, or logits, [taken, words]
     std::vector<float> a;        // the assignment, [taken, words]
@@ -55,10 +55,13 @@ class SoftAssignment {
   // Reads rows [first, past) and assigns them. The rows up to `end` may be fetched meanwhile.
   void assign(const RowSource& source, int64_t first, int64_t past, int64_t end, Block& block) const;
 
-  const Codewords centre;         // c_k
+  // V and distances are those of rows and codewords less their middle m, the mean codeword: what all share takes no
+  // digits from the differences.
+  const std::vector<float> middle;  // m [ld]
+  const Codewords centre;           // c_k - m
   const int64_t padded_words;
 
-  // z_ik = x_i . points_k + start_k (+ |x_i|^2 where z is a distance), [words, pitch_of(ld)]
+  // z_ik = (x_i - m) . points_k + start_k (+ |x_i - m|^2 where z is a distance), [words, pitch_of(ld)]
   const std::vector<float>& points() const { return points_; }
 
  private:

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "encode_soft.h"
@@ -19,6 +18,21 @@ const SoftKernels& choose_soft_kernels() {
   if (level == "avx2") return soft_kernels_avx2;
 #endif
   return soft_kernels_default;
+}
+
+std::vector<float> mean_of(const Codewords& c) {
+  std::vector<double> sum(c.ld, 0.0);
+  for (int64_t k = 0; k < c.words; ++k)
+    for (int64_t j = 0; j < c.ld; ++j) sum[j] += c[k][j];
+  std::vector<float> mean(c.ld);
+  for (int64_t j = 0; j < c.ld; ++j) mean[j] = static_cast<float>(sum[j] / static_cast<double>(c.words));
+  return mean;
+}
+
+Codewords less(Codewords c, const std::vector<float>& middle) {
+  for (int64_t k = 0; k < c.words; ++k)
+    for (int64_t j = 0; j < c.ld; ++j) c.values[k * c.ld + j] -= middle[j];
+  return c;
 }
 
 }  // namespace
@@ -51,7 +65,8 @@ SoftAssignment::Block::Block(const SoftAssignment& owner, int64_t rows)
 SoftAssignment::SoftAssignment(
     const char* op, const Tensor& codebook, const OptionalTensor& scale, const OptionalTensor& weight,
     const OptionalTensor& bias)
-    : centre(codebook),
+    : middle(mean_of(Codewords(codebook))),
+      centre(less(Codewords(codebook), middle)),
       padded_words(padded(centre.words)),
       points_(centre.words * pitch_of(centre.ld), 0.0f),
       start_(padded_words, scale ? kInfinity : -kInfinity),  // padding has no weight
@@ -66,10 +81,9 @@ SoftAssignment::SoftAssignment(
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == words, op, ": ", name, " must have ", words, " entries");
     return as_float(t);
   };
-  const Tensor w = as_float(weight ? *weight : codebook);
+  const Codewords w = weight ? Codewords(*weight) : centre;
   for (int64_t k = 0; k < words; ++k)
-    for (int64_t j = 0; j < centre.dim; ++j)
-      points_[k * pitch_of(ld) + j] = (scale ? -2.0f : 1.0f) * floats(w)[k * centre.dim + j];
+    for (int64_t j = 0; j < ld; ++j) points_[k * pitch_of(ld) + j] = (scale ? -2.0f : 1.0f) * w[k][j];
   if (scale) {
     const Tensor s = vector("scale", *scale);
     minus_scale_.assign(padded_words, -1.0f);
@@ -77,11 +91,13 @@ SoftAssignment::SoftAssignment(
       minus_scale_[k] = -floats(s)[k];
       start_[k] = soft_kernels_here().square(centre[k], ld);
     }
-  } else if (bias) {
-    const Tensor b = vector("bias", *bias);
-    std::memcpy(start_.data(), floats(b), words * sizeof(float));
   } else {
-    std::fill(start_.begin(), start_.begin() + words, 0.0f);
+    const Tensor b = bias ? vector("bias", *bias) : codebook;
+    for (int64_t k = 0; k < words; ++k) {
+      double start = bias ? floats(b)[k] : 0.0;
+      for (int64_t j = 0; j < ld; ++j) start += static_cast<double>(w[k][j]) * middle[j];
+      start_[k] = static_cast<float>(start);
+    }
   }
   packed_.fill(points_.data(), words, pitch_of(ld));
   const int64_t row_bytes = (ld + 2 * padded_words) * static_cast<int64_t>(sizeof(float));
@@ -95,7 +111,9 @@ void SoftAssignment::assign(
   for (int64_t i = first; i < past; ++i) {
     const int64_t r = source.at(i);
     if (r < 0) continue;
-    const float* x = source.decoded(r, block.row(block.taken));
+    float* x = block.row(block.taken);
+    source.decoded(r, x);
+    kernels.add(-1.0f, middle.data(), centre.ld, x);
     if (by_distance()) block.squares[block.taken] = kernels.square(x, centre.ld);
     block.at[block.taken++] = i;
   }

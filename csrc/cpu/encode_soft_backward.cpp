@@ -17,7 +17,7 @@ namespace {
 struct Sums {
   explicit Sums(const SoftAssignment& by)
       : points(by.centre.words * by.centre.ld, 0.0f), start(by.padded_words, 0.0), minus_scale(by.padded_words, 0.0) {}
-  std::vector<float> points;         // sum_i (d z)_ik x_i [words, ld]
+  std::vector<float> points;         // sum_i (d z)_ik (x_i - m) [words, ld]
   std::vector<double> start;         // sum_i (d z)_ik [padded_words]
   std::vector<double> minus_scale;   // the gradient of -scale [padded_words]
 };
@@ -75,7 +75,7 @@ class SoftBackward {
     int64_t bag = -1;          // whose gradient this is:
     std::vector<float> grad;   // [words, pitch_of(ld)]
     Transposed grad_transposed;
-    std::vector<float> start;  // grad_mass_k - g_k . c_k
+    std::vector<float> start;  // grad_mass_k - g_k . (c_k - m)
     std::vector<float> zeros;
     std::vector<float> d_z;      // the gradient of a, then of z
     std::vector<float> row_sum;  // sum_k (d z)_ik
@@ -108,7 +108,7 @@ class SoftBackward {
       for_each_bag(cu_, open, t.block, [&](int64_t bag, int64_t from, int64_t to) {
         take_gradient(bag, t);
         float* d_z = t.d_z.data() + from * words;
-        // dL/da_ik = g_k . (x_i - c_k) + grad_mass_k
+        // dL/da_ik = g_k . ((x_i - m) - (c_k - m)) + grad_mass_k
         kernels.product(
             {t.block.row(from), t.block.pitch, 1}, to - from, ld, t.grad_transposed.get(), words, t.start.data(), d_z, words,
             kLong, nullptr, nullptr);
@@ -127,7 +127,7 @@ class SoftBackward {
     }
   }
 
-  // d x_i = sum_k a_ik g_k + (d z)_ik points_k, and 2 x_i sum_k (d z)_ik where z is a distance.
+  // d x_i = sum_k a_ik g_k + (d z)_ik points_k, and 2 (x_i - m) sum_k (d z)_ik where z is a distance.
   void rows_gradient(int64_t from, int64_t to, Scratch& t) const {
     const SoftKernels& kernels = soft_kernels_here();
     const int64_t words = by_.padded_words, inner = by_.centre.words, ld = by_.centre.ld;
@@ -204,9 +204,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_encode_backward_cpu(
   const auto make = [&](bool wanted, int64_t n) {
     return torch::stable::new_empty(x, {wanted ? n : 0}, ScalarType::Float);
   };
-  Tensor d_rows = rows
-      ? torch::stable::new_empty(x, {source.rows(), dim}, row_scale ? ScalarType::Float : x.scalar_type())
-      : make(false, 0);
+  const auto row_type = row_scale ? ScalarType::Float : x.scalar_type();
+  Tensor d_rows = rows ? torch::stable::new_empty(x, {source.rows(), dim}, row_type)
+                       : torch::stable::new_empty(x, {0}, row_type);
   Tensor d_codebook = torch::stable::new_empty(x, {words, dim}, ScalarType::Float);
   Tensor d_weight = weight ? torch::stable::new_empty(x, {words, dim}, ScalarType::Float) : make(false, 0);
   Tensor d_scale = make(scale.has_value(), words), d_bias = make(bias.has_value(), words);
@@ -235,11 +235,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_encode_backward_cpu(
         const float* from = floats(g) + (b * words + k) * dim;
         for (int64_t j = 0; j < dim; ++j) centre[j] += minus * from[j];
       }
-      if (scale)  // |x|^2 - 2 x.c + |c|^2
+      if (scale)  // |x - m|^2 - 2 (x - m).(c - m) + |c - m|^2
         for (int64_t j = 0; j < dim; ++j) centre[j] += 2.0 * (start * by.centre[k][j] - points[j]);
       for (int64_t j = 0; j < dim; ++j) to_codebook[k * dim + j] = static_cast<float>(centre[j]);
       if (weight)
-        for (int64_t j = 0; j < dim; ++j) to_weight[k * dim + j] = static_cast<float>(points[j]);
+        for (int64_t j = 0; j < dim; ++j)
+          to_weight[k * dim + j] = static_cast<float>(points[j] + start * by.middle[j]);
       if (scale) to_scale[k] = static_cast<float>(slope);
       if (bias) to_bias[k] = static_cast<float>(start);
     }

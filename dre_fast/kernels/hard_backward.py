@@ -114,18 +114,19 @@ def hard_encode_backward(
         unit: the rows were divided by their norm as they were read.
 
     Returns:
-        [M, D] in the dtype of ``grad``.
+        [M, D] in the dtype of ``grad``; with ``unit`` in that of x, whose norm divides a gradient that need not lie
+        in its range.
 
     Raises:
         ValueError: wrong shape, dtype or device; ``unit`` without x.
     """
     _check(grad, codes, cu_seqlens, x, index, unit)
     bags, words, dim = grad.shape
-    rows, dtype = codes.shape[0], grad.dtype
-    out = grad.new_empty((rows, dim))
+    rows, dtype = codes.shape[0], x.dtype if unit and x is not None else grad.dtype
+    out = grad.new_empty((rows, dim), dtype=dtype)
     if rows == 0 or bags == 0:
         return out.zero_()
-    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter misreads bf16, and truncates what it stores
+    if INTERPRETED and torch.bfloat16 in (dtype, grad.dtype):  # the interpreter misreads bf16, and truncates
         grad, out = grad.float(), out.float()
     sizes = (rows, bags)
     steps = bags.bit_length()
@@ -203,7 +204,7 @@ _DIMS = (1, 17, 64, 127, 192, 384, 513, 768, 1024, 2047, 2048)
 
 
 def cases(arch: config.Arch) -> Iterator[Case]:
-    """Both kernels at sizes that fill the tiles and odd ones, rows and gradient of one dtype."""
+    """Both kernels at sizes that fill the tiles and odd ones; unit rows take an fp32 gradient."""
     for dtype in config.DTYPES:
         for dim in _DIMS if dtype == torch.bfloat16 else (384, 1024, 2047):
             yield _case(arch, _TYPES[dtype], dim, "gather")
@@ -220,7 +221,7 @@ def _case(arch: config.Arch, dtype: str, dim: int, label: str) -> Case:
     kernel = _unit_kernel if unit else _gather_kernel
     if label == "gather unit":
         constants["index_ptr"] = None
-    pointers = {"grad_ptr": dtype, "out_ptr": dtype, "x_ptr": dtype}
+    pointers = {"grad_ptr": "fp32" if unit else dtype, "out_ptr": dtype, "x_ptr": dtype}
     types = tuple(
         (name, "*" + pointers.get(name, "i64") if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names

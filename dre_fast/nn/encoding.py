@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dre_fast.codebook import CHUNK, fit_codebook, row_chunks
+from dre_fast.codebook import fit_codebook, row_chunks
+from dre_fast.codebook_rows import CHUNK, chunks
 from dre_fast.ops import encode as ops
 from dre_fast.ops.normalize import normalize_residuals
 from dre_fast.reference.encode import (
@@ -18,6 +19,8 @@ from dre_fast.reference.encode import (
     squared_distances,
 )
 from dre_fast.reference.layout import as_ragged, bag_of_row
+
+_ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def residual_encode(
@@ -80,6 +83,7 @@ def residual_encode(
         [B, N] or that of ``index``, without gradient, -1 and 0 where a row is skipped.
 
     Raises:
+        TypeError: something that must be a tensor is not.
         ValueError: shapes, dtypes or options that do not fit; with ``check`` also offsets that are not
             ascending from 0 to N, an index outside x, a scale that is not positive, and NaN or Inf in a row,
             named by bag and row, or in the codebook.
@@ -88,6 +92,16 @@ def residual_encode(
     NetVLAD, Arandjelovic et al. 2016, eq. 3-4.
     """
     steps = normalization_steps(normalize)
+    _check_types(
+        x=x,
+        codebook=codebook,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        index=index,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+    )
     _check_arguments(x, codebook, assignment, scale, weight, bias)
     if assignment == "soft" and (return_codes or return_distances):
         raise ValueError("residual_encode: codes and distances belong to assignment='hard'")
@@ -95,6 +109,7 @@ def residual_encode(
     if check and x.is_cuda:
         check = not torch.cuda.is_current_stream_capturing()
     if check:
+        ops.refuse_vmap(x, cu_seqlens, index, scale)  # before it stumbles over the values looked at here
         _check_offsets_and_index(x, cu_seqlens, index)
         if scale is not None and bool((scale <= 0).any()):
             raise ValueError(
@@ -112,12 +127,19 @@ def residual_encode(
         extra += [distances.view(shape)] if return_distances else []
     else:
         residuals, counts = ops.soft_encode(rows, codebook, offsets, scale, weight, bias, taken, **options)
-    # V is small, and a bad row always shows in it: the rows are searched only once something is wrong
-    if check and not torch.isfinite(residuals).all():
+    # V is small, and a bad row always shows in it: the rows are searched only once something is wrong. A codeword that
+    # no row is near to does not.
+    if check and not (torch.isfinite(residuals).all() & torch.isfinite(codebook).all()):
         _raise_not_finite(x, codebook, cu_seqlens, mask, index, (scale, weight, bias))
     residuals = normalize_residuals(residuals, steps, power=power)
     results = (residuals, *[counts] * return_counts, *extra)
     return results if len(results) > 1 else residuals
+
+
+def _check_types(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "codebook")):
+            raise TypeError(f"residual_encode: {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def _check_arguments(
@@ -134,12 +156,18 @@ def _check_arguments(
             f"got {codebook.dtype} {tuple(codebook.shape)}"
         )
     words, dim = codebook.shape
+    if x.dtype not in _ROW_DTYPES:
+        raise ValueError(
+            f"residual_encode: x must be floating point: float32, float16, bfloat16 or float64, got {x.dtype}"
+        )
     if x.dim() not in (2, 3):
         raise ValueError(f"residual_encode: x must be [N, D] or [B, N, D], got {tuple(x.shape)}")
     if x.shape[-1] != dim:
+        how = "encode with the codebook fitted on these features"
+        if x.dim() == 3 and x.shape[1] == dim:
+            how = "features come last: pass x.transpose(1, 2)"
         raise ValueError(
-            f"residual_encode: x has D={x.shape[-1]} {tuple(x.shape)}, the codebook D={dim}; "
-            "encode with the codebook fitted on these features"
+            f"residual_encode: x has D={x.shape[-1]} {tuple(x.shape)}, the codebook D={dim}; {how}"
         )
     if assignment == "hard":
         if scale is not None or weight is not None or bias is not None:
@@ -308,16 +336,22 @@ class ResidualEncoding(nn.Module):
         Raises:
             ValueError: fewer rows than codewords, another D, or NaN or Inf in a row.
         """
+        first = next(chunks(rows), None)
+        if first is not None and first.dim != self.dim:
+            raise ValueError(f"ResidualEncoding.fit: rows have D={first.dim}, not {self.dim}")
         if self.normalize_rows:
             rows = _UnitRows(rows)
         codebook, inertia = fit_codebook(rows, self.codewords, iterations=iterations, seed=seed)
-        if codebook.shape[1] != self.dim:
-            raise ValueError(f"ResidualEncoding.fit: rows have D={codebook.shape[1]}, not {self.dim}")
         self.codebook.copy_(codebook)
         if self.assignment != "hard" and self.codewords > 1:
-            gaps, total = 0.0, 0
+            gaps, total, middle = (
+                0.0,
+                0,
+                codebook.mean(dim=0),
+            )  # far from the origin the distances lose digits
             for chunk in row_chunks(rows):
-                nearest = squared_distances(chunk.float(), codebook).topk(2, dim=1, largest=False).values
+                distances = squared_distances(chunk - middle, codebook - middle)
+                nearest = distances.topk(2, dim=1, largest=False).values
                 gaps += float((nearest[:, 1] - nearest[:, 0]).double().sum())
                 total += len(chunk)
             self._set_sharpness(math.log(100.0) * total / gaps if gaps > 0 else 1.0)

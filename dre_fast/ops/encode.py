@@ -16,6 +16,9 @@ from dre_fast.ops import native
 from dre_fast.reference import encode as reference
 from dre_fast.reference.rows import add_rows
 
+_PRODUCTS = 1 << 24  # counts times gradients formed at once: many bags would make another gradient of them
+_CODES = torch.iinfo(torch.int16).max  # stored codes, -1 among them, are int16
+
 NAMES = ("hard_encode", "hard_encode_backward", "soft_encode", "soft_encode_backward")
 
 _lib = torch.library.Library("dre_fast", "FRAGMENT")
@@ -137,7 +140,8 @@ def _hard_encode_backward_fake(
     index: Tensor | None = None,
     unit: bool = False,
 ) -> Tensor:
-    return grad.new_empty(codes.shape[0], grad.shape[2])
+    dtype = x.dtype if unit and x is not None else grad.dtype
+    return grad.new_empty(codes.shape[0], grad.shape[2], dtype=dtype)
 
 
 @torch.library.impl(_lib, "soft_encode", "CompositeExplicitAutograd")
@@ -249,6 +253,30 @@ _soft_backward_op = torch.ops.dre_fast.soft_encode_backward.default
 _NO_VMAP = "residual encoding has no vmap rule: pass all bags in one call, as [B, N, D] or with cu_seqlens"
 
 
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(*tensors: Tensor | None) -> None:
+        return None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: None) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise NotImplementedError(_NO_VMAP)
+
+
+def refuse_vmap(*tensors: Tensor | None) -> None:
+    """Nothing, but under vmap.
+
+    Raises:
+        NotImplementedError: one of the tensors is what vmap sees of a batch.
+    """
+    with torch.no_grad():
+        _Refuse.apply(*tensors)
+
+
 def _rows_to_x(d_rows: Tensor, x: Tensor | None, index: Tensor | None, masked: bool) -> Tensor:
     """Gradients of the rows that were read, added up where a row of x was read more than once."""
     if index is None or masked:
@@ -295,11 +323,17 @@ class _HardEncode(torch.autograd.Function):
         d_x = d_codebook = None
         if ctx.needs_input_grad[0]:
             rows = (x, index) if ctx.unit else (None, None)
-            d_rows = _hard_backward_op(grad.to(x_dtype), codes, cu_seqlens, *rows, ctx.unit)
+            # What only moves is moved in the dtype of x. What is divided by a norm or added up first may lie outside.
+            given = grad if ctx.unit or not (index is None or ctx.masked) else grad.to(x_dtype)
+            d_rows = _hard_backward_op(given, codes, cu_seqlens, *rows, ctx.unit)
             d_x = _rows_to_x(d_rows, x, index, ctx.masked)
         if ctx.needs_input_grad[1]:
             # the sum of x_i - c_k over n_bk rows moves by -n_bk with c_k
-            d_codebook = -(counts[:, :, None] * grad).sum(dim=0).to(codebook_dtype)
+            d_codebook = grad.new_zeros(grad.shape[1:])
+            some = max(1, _PRODUCTS // max(1, d_codebook.numel()))
+            for n, g in zip(counts.split(some), grad.split(some), strict=True):
+                d_codebook -= (n[:, :, None] * g).sum(dim=0)
+            d_codebook = d_codebook.to(codebook_dtype)
         return d_x, d_codebook, None, None, None, None, None
 
 
@@ -447,7 +481,11 @@ def nearest(
 
 
 def encode_known(x: Tensor, codes: Tensor, codewords: int) -> Tensor:
-    """Sums [K, D] of the rows x [N, D] of each code: codes int64 [N] in [0, K), K at most 32767."""
-    origin = x.new_zeros(codewords, x.shape[1])
-    one_bag = torch.arange(2, device=x.device) * x.shape[0]
-    return _hard_op(x, origin, one_bag, None, None, codes.to(torch.int16))[0][0]
+    """Sums [K, D] of the rows x [N, D] of each code: codes int64 [N] in [0, K)."""
+    one_bag, sums = torch.arange(2, device=x.device) * x.shape[0], []
+    for first in range(0, codewords, _CODES):
+        words = min(codewords - first, _CODES)
+        inside = (codes >= first) & (codes < first + words)
+        known = torch.where(inside, codes - first, -1).to(torch.int16)
+        sums.append(_hard_op(x, x.new_zeros(words, x.shape[1]), one_bag, None, None, known)[0][0])
+    return torch.cat(sums)

@@ -6,6 +6,7 @@ formulas: :func:`dre_fast.reference.encode.normalize_residuals` and :mod:`dre_fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def normalize_residuals(V: Tensor, steps: str | Sequence[str], power: float = 0.
         [B, K, D], fp32 (float64 for float64 V).
 
     Raises:
-        ValueError: unknown, repeated or wrongly ordered names; ``power`` not above 0.
+        ValueError: unknown, repeated or wrongly ordered names; ``power`` not above 0 and finite.
     """
     names = reference.normalization_steps(steps)
     if not names:
@@ -136,8 +137,8 @@ def normalize_residuals(V: Tensor, steps: str | Sequence[str], power: float = 0.
     chosen = [name in names for name in reference.NORMALIZATIONS]
     exponent = 0.5
     if "power" in names:
-        if not power > 0:
-            raise ValueError(f"normalize_residuals: power must be above 0, got {power}")
+        if not 0 < power < math.inf:
+            raise ValueError(f"normalize_residuals: power must be above 0 and finite, got {power}")
         exponent = power
     # literals where nothing was chosen: torch.compile traces twice over floats that are variables
     return _Normalize.apply(V, *chosen, exponent, 1e-12)  # type: ignore[no-any-return]

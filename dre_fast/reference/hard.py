@@ -23,8 +23,8 @@ def hard_assign(x: Tensor, codebook: Tensor) -> Tensor:
     """Nearest codeword of each row, a_i = argmin_k ||x_i - c_k||^2, ties to the lowest k.
 
     Scores are a matrix product; where two lie closer than its rounding error the distances are formed again
-    in float64 from the differences. So exact ties and duplicate codewords give the lowest k, and the code of
-    a row does not depend on the rows beside it.
+    in float64 from the differences, and the lowest k wins where those are equal, as they are for duplicate
+    codewords. The code of a row does not depend on the rows beside it.
 
     Args:
         x: [N, D], any float dtype.
@@ -155,7 +155,7 @@ def hard_encode_backward(
     index: Tensor | None = None,
     unit: bool = False,
 ) -> Tensor:
-    """Gradient of V [B, K, D] -> of the rows that were read, [M, D] in the dtype of ``grad``.
+    """Gradient of V [B, K, D] -> of the rows that were read, [M, D] in the dtype of ``grad``; of x with ``unit``.
 
     Row i gets grad[bag_i, code_i], 0 if its code is -1; with ``unit`` (which needs x, and index where one was
     given) that is carried through the normalisation of the row.
@@ -167,7 +167,8 @@ def hard_encode_backward(
     d_rows = table.index_select(0, slot)
     if unit:
         assert x is not None
-        source = RowSource(x, dim, index)
+        source, d_units = RowSource(x, dim, index), d_rows
+        d_rows = d_units.new_empty(d_units.shape, dtype=x.dtype)
         for rows in chunks(0, codes.shape[0], dim):
-            d_rows[rows] = l2_normalize_backward(d_rows[rows], source.stored(rows)).to(grad.dtype)
+            d_rows[rows] = l2_normalize_backward(d_units[rows], source.stored(rows)).to(x.dtype)
     return d_rows

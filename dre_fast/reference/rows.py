@@ -17,6 +17,7 @@ from einops import reduce
 from torch import Tensor
 
 _CHUNK_SCORES = 1 << 19  # rows x codewords scored at once: 2 MB of fp32, which stays in cache
+_PIECE = 1 << 12  # torch shares out sums of 2^15 values and more
 NORM_EPS = 1e-12
 
 
@@ -37,6 +38,17 @@ def chunks(start: int, stop: int, width: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, stop))
 
 
+def sum_last(x: Tensor) -> Tensor:
+    """Sums over the last dimension, [..., D] -> [..., 1].
+
+    torch lets threads share one long sum, whose bits then depend on how many there are; those of pieces do not.
+    """
+    if x.shape[-1] > _PIECE:
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % _PIECE))
+        x = reduce(x, "... (piece d) -> ... piece", "sum", d=_PIECE)
+    return reduce(x, "... d -> ... 1", "sum")
+
+
 def l2_normalize(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """x / max(||x||_2, eps) over the last dimension, in fp32 (float64 for float64 input).
 
@@ -52,7 +64,7 @@ def l2_normalize(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     x = x.to(compute_dtype(x))
     if x.shape[-1]:
         x = x / reduce(x.detach().abs(), "... d -> ... 1", "max").clamp(min=1.0)
-    square = reduce(x * x, "... d -> ... 1", "sum")
+    square = sum_last(x * x)
     usable = square > eps * eps
     # where() on both sides of the root: the branch not taken must not produce inf * 0 in the backward
     norm = torch.where(usable, square, 1.0).sqrt()
@@ -63,11 +75,11 @@ def l2_normalize_backward(grad: Tensor, x: Tensor, eps: float = NORM_EPS) -> Ten
     """Gradient of :func:`l2_normalize`: (g - (g.u) u) / ||x|| with u = x / ||x||; 0 where ||x|| <= eps."""
     x, grad = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
     largest = reduce(x.abs(), "... d -> ... 1", "max").clamp(min=1.0)
-    norm = torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
+    norm = sum_last((x / largest).square()).sqrt()
     usable = norm > eps
     norm = torch.where(usable, norm, 1.0)
     u = x / largest / norm
-    along = reduce(grad * u, "... d -> ... 1", "sum")
+    along = sum_last(grad * u)
     return torch.where(usable, (grad - along * u) / norm / largest, 0.0)
 
 

@@ -129,12 +129,12 @@ def soft_encode_backward(
     dtype, words = compute_dtype(x), codebook.shape[0]
     centre = codebook.to(dtype)
     grad, grad_mass = grad.to(dtype), grad_mass.to(dtype)
-    # V depends on C directly as -mass * C, whatever the assignment
-    d_codebook = -einsum(mass.to(dtype), grad, "b k, b k d -> k d")
     row_dtype = x.dtype if row_scale is None else dtype
     d_rows = torch.zeros((len(source), centre.shape[1]) if rows else (0,), dtype=row_dtype, device=x.device)
     d_points, d_offset, d_scale = torch.zeros_like(centre), centre.new_zeros(words), centre.new_zeros(words)
     with full_precision(x):
+        # V depends on C directly as -mass * C, whatever the assignment
+        d_codebook = -einsum(mass.to(dtype), grad, "b k, b k d -> k d")
         s, w, b = (t if t is None else t.to(dtype) for t in (scale, weight, bias))
         # logits and distances are products with -2 C, or logits products with w
         points = w if s is None else -2 * centre

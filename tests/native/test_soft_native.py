@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.ops import native
+from dre_fast.reference import soft as reference
 
 if not native.available():
     pytest.skip(f"needs the C++ ops: {native.why_not()}", allow_module_level=True)
@@ -182,6 +183,22 @@ def test_huge_and_tiny_rows(size: float) -> None:
     both(x, codebook, cu, parameters("weight", codebook), unit=True)
 
 
+@pytest.mark.parametrize("kind", ["scale", "weight"])
+def test_what_all_rows_share_takes_no_digits(kind: str) -> None:
+    """Features far from the origin: the usual form |x|^2 - 2 x.c + |c|^2 loses nine of ten digits here."""
+    x, codebook, cu = make_bags([300, 40], 64, 8, torch.float32, "cpu")
+    x, codebook, given = x + 1000, codebook + 1000, parameters("scale", codebook)
+    if kind == "weight":  # logits that do not see the offset
+        given = {"weight": torch.randn(8, 64)}
+        given["weight"] -= given["weight"].mean(1, keepdim=True)
+    V, mass = encode(x, codebook, cu, **given)
+    double = {name: t.double() for name, t in given.items()}
+    exact = reference.soft_encode(x.double(), codebook.double(), cu, **double)
+    limit = 1e-5 if kind == "scale" else 1e-3  # of weights, the sums are rounded to 2^-24 of a thousand
+    assert float((V - exact[0]).norm() / exact[0].norm()) < limit
+    assert float((mass - exact[1]).norm() / exact[1].norm()) < limit
+
+
 @pytest.mark.parametrize("logit", [0.0, 1e-3, 1.0, 20.0, 86.0, 87.2, 87.4, 100.0, 1e30])
 def test_softmax_of_two(logit: float) -> None:
     """One row and two codewords: the mass is (1, e^-logit) / (1 + e^-logit), down to the least normal number."""
@@ -318,6 +335,7 @@ import json, sys, torch
 sys.path[:0] = json.loads(sys.argv[1])
 import test_soft_native as t
 from dre_fast.ops import native
+from dre_fast.reference import soft as reference
 for words, dim in ((2, 7), (64, 384), (33, 385), (130, 48)):
     for kind in t.KINDS:
         torch.manual_seed(0)

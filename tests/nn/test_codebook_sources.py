@@ -134,6 +134,72 @@ def test_rows_without_weight_draw_no_codeword() -> None:
         assert codebook.abs().max() < 100, init
 
 
+def test_rows_without_weight_take_no_empty_codeword() -> None:
+    rows = torch.cat([torch.randn(200, 2), 50 + torch.randn(60, 2)])
+    weights = torch.cat([torch.ones(200), torch.zeros(60)])
+    start = torch.cat([torch.randn(3, 2), torch.full((2, 2), 1e3)])  # two codewords that are empty at first
+    codebook, found = fit_codebook(rows, 5, warm_start=start, weights=weights, tolerance=0)
+    alone, expected = fit_codebook(rows[:200], 5, warm_start=start, tolerance=0)
+    torch.testing.assert_close(codebook, alone)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-46, 1e-20, 1e20, 1e39, 1e300])
+def test_weights_of_any_size(unit: float) -> None:
+    rows, weights = clusters(6, 50, 3, 0.2), torch.rand(300, dtype=torch.float64)
+    expected, inertia = fit_codebook(rows, 6, weights=weights)
+    codebook, found = fit_codebook(rows, 6, weights=unit * weights)
+    torch.testing.assert_close(codebook, expected)
+    assert found == pytest.approx(unit * inertia, rel=1e-6)
+
+
+def test_weights_outside_a_uniform_sample() -> None:
+    """Six rows of 60,000 count: a sample of all rows would hold none of them."""
+    rows, few = torch.randn(60_000, 4), torch.randperm(60_000)[:6]
+    weights = torch.zeros(60_000).index_fill_(0, few, 1.0)
+    for init in ("k-means++", "k-means||", "random"):
+        codebook, inertia = fit_codebook(rows, 6, weights=weights, init=init, iterations=0)
+        assert inertia == pytest.approx(0, abs=1e-9), init
+        assert {tuple(c) for c in codebook.tolist()} == {tuple(r) for r in rows[few].tolist()}, init
+
+
+def test_more_weighted_codewords_than_int16_counts() -> None:
+    rows = torch.arange(36_000.0)[:, None] + 0.3 * torch.rand(36_000, 1)
+    options = {"init": "random", "iterations": 1}
+    expected = fit_codebook(rows, 33_000, **options)
+    codebook, inertia = fit_codebook(rows, 33_000, weights=torch.ones(36_000), **options)
+    by_value, other = codebook.flatten().sort().values, expected[0].flatten().sort().values
+    assert by_value.diff().min() > 0  # every codeword sits among its own rows
+    assert inertia < 2 * expected[1]
+    assert abs(float(by_value.mean() - other.mean())) < 100
+
+
+class _Passes:
+    """Rows that are cut, or end, in another way in each pass."""
+
+    def __init__(self, passes: list[list[Tensor]]) -> None:
+        self.passes = iter(passes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(next(self.passes))
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_every_pass_must_see_the_same_rows(init: str) -> None:
+    rows = torch.randn(100, 3)
+    for other, message in (
+        ([], "gave 0 rows in another pass, 100"),
+        ([rows[:70]], "gave 70 rows"),
+        ([rows, rows[:1]], "more than 100 rows"),
+    ):
+        for iterations in (0, 2):
+            with pytest.raises(ValueError, match=message):
+                fit_codebook(_Passes([[rows], *[other] * 20]), 4, init=init, iterations=iterations)
+    cut_anew = [list(rows.split(7 + 5 * n)) for n in range(40)]
+    expected = fit_codebook(rows, 4, init=init)[0]
+    torch.testing.assert_close(fit_codebook(_Passes(cut_anew), 4, init=init)[0], expected)
+
+
 def test_every_bag_counts_equally() -> None:
     large, small = torch.randn(2000, 2), 6 + torch.randn(20, 2)
     rows, cu = torch.cat([large, small]), torch.tensor([0, 2000, 2000, 2020])
@@ -208,8 +274,17 @@ def test_errors_name_what_is_wrong() -> None:
         fit_codebook("rows.npy", 2)
     with pytest.raises(ValueError, match="row 10 has D=3, the rows before it D=4"):
         fit_codebook([rows[:10], rows[:5, :3]], 2)
-    with pytest.raises(ValueError, match=r"weights must be floating point \[20\]"):
+    with pytest.raises(ValueError, match="19 weights for 20 rows"):
         fit_codebook(rows, 2, weights=torch.ones(19))
+    for wrong, got in ((torch.ones(20, dtype=torch.int64), "int64"), ([1.0] * 20, "list")):
+        with pytest.raises(ValueError, match=f"weights must be a floating point tensor .* got .*{got}"):
+            fit_codebook(rows, 2, weights=wrong)
+    with pytest.raises(ValueError, match="weight of row 7 is nan"):
+        fit_codebook(rows, 2, weights=torch.ones(20).index_fill_(0, torch.tensor([7]), torch.nan))
+    with pytest.raises(ValueError, match="need at least as many rows with a weight above 0, got 3"):
+        fit_codebook(rows, 4, weights=(torch.arange(20) < 3).float())
+    with pytest.raises(ValueError, match="warm_start must be a tensor, got ndarray"):
+        fit_codebook(rows, 2, warm_start=rows[:2].numpy())
     with pytest.raises(ValueError, match=r"weight of row 3 is -1\.0"):
         fit_codebook(rows, 2, weights=torch.ones(20).index_fill_(0, torch.tensor([3]), -1.0))
     with pytest.raises(ValueError, match="all weights are 0"):

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 import dre_fast
 from dre_fast import ResidualEncoding, reference, residual_encode
+from dre_fast.ops import native
 
 SOFT = {"assignment": "soft", "scale": torch.tensor([0.5, 1.0, 2.0, 0.1])}
 OPTIONS = [{}, SOFT]
@@ -139,20 +140,26 @@ def test_fewer_rows_than_codewords() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["hard", "soft"])
-def test_autocast_changes_nothing(codebook: Tensor, options: dict) -> None:
+@pytest.mark.parametrize("backend", ["this machine's", "reference"])
+def test_autocast_changes_nothing(
+    codebook: Tensor, options: dict, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(300, 6)
 
-    def run() -> tuple[Tensor, Tensor]:
-        leaf = x.clone().requires_grad_()
-        out = residual_encode(leaf, codebook, normalize=("intra", "l2"), **options)
-        return out.detach(), torch.autograd.grad(out.sin().sum(), leaf)[0]
+    def run() -> tuple[Tensor, ...]:
+        leaves = {"x": x, "codebook": codebook} | {k: v for k, v in options.items() if isinstance(v, Tensor)}
+        leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        out = residual_encode(**{**options, **leaves}, normalize=("intra", "l2"))
+        return out.detach(), *torch.autograd.grad(out.sin().sum(), list(leaves.values()))
 
+    if backend == "reference":  # what installs without a compiler run
+        monkeypatch.setattr(native, "provides", lambda op: False)
     plain = run()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run()
     assert mixed[0].dtype == torch.float32
-    assert torch.equal(plain[0], mixed[0])
-    assert torch.equal(plain[1], mixed[1])
+    for one, other in zip(plain, mixed, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -231,7 +238,94 @@ def test_bad_arguments(codebook: Tensor, arguments: dict, words: str) -> None:
         residual_encode(torch.randn(10, 6), codebook, **arguments)
 
 
+def test_what_is_not_a_tensor_is_named(codebook: Tensor) -> None:
+    x = torch.randn(4, 6)
+    for name, value in (
+        ("cu_seqlens", [0, 4]),
+        ("index", (0, 1)),
+        ("mask", True),
+        ("scale", 1.0),
+        ("codebook", None),
+    ):
+        arguments = {"x": x, "codebook": codebook, name: value}
+        with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got {type(value).__name__}"):
+            residual_encode(**arguments)
+
+
+def test_rows_that_have_no_gradient_are_refused(codebook: Tensor) -> None:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"floating point: float32, .* got {dtype}"):
+            residual_encode(torch.ones(3, 6).to(dtype), codebook)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_codeword_that_is_not_finite_is_named(codebook: Tensor, bad: float) -> None:
+    broken = codebook.clone()
+    broken[2, 3] = bad
+    for options in OPTIONS:
+        with pytest.raises(ValueError, match="row 2 of codebook holds NaN or Inf"):
+            residual_encode(torch.randn(9, 6), broken, **options)
+
+
+def test_the_gradient_of_half_rows_may_pass_outside_their_range() -> None:
+    """A loss scale of 2^16 over rows of norm 80, and tiny gradients over small rows: fp16 holds the quotients."""
+    codebook = torch.randn(4, 16)
+    for size, grad_size in ((20.0, 65536.0), (1e-2, 1e-8)):
+        x = (torch.randn(16, 16) * size).half()
+        grad = grad_size * torch.randn(1, 4, 16)
+        found = []
+        for rows in (x, x.double()):
+            leaf = rows.clone().requires_grad_()
+            V = residual_encode(
+                leaf, codebook.to(torch.float64 if rows is not x else torch.float32), normalize_rows=True
+            )
+            V.backward(grad.to(V.dtype))
+            found.append(leaf.grad)
+        assert found[0].dtype == torch.float16
+        torch.testing.assert_close(found[0].double(), found[1], rtol=2e-3, atol=1e-7)
+
+
+def test_gradients_of_a_row_taken_twice_are_added_before_they_are_rounded() -> None:
+    x = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    V = residual_encode(x, torch.zeros(1, 2), index=torch.tensor([0, 0]), cu_seqlens=torch.tensor([0, 1, 2]))
+    V.backward(torch.tensor([[[7e4, 1.0]], [[-7e4, 1.0]]]))
+    assert x.grad.tolist() == [[0.0, 2.0]]
+
+
+@pytest.mark.parametrize("steps", ["l2", ("intra", "l2")], ids=str)
+@pytest.mark.parametrize("size", [(64, 1024), (256, 384)], ids=str)
+def test_one_bag_gives_the_same_bits_for_any_number_of_threads(size: tuple[int, int], steps: str) -> None:
+    x, codebook = torch.randn(500, size[1]), torch.randn(size)
+    weight, found, threads = torch.randn(1, *size), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            V = residual_encode(leaf, codebook, normalize=steps)
+            V.backward(weight)
+            found.append((V.detach(), leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("assignment", ["soft", "netvlad"])
+def test_fit_finds_the_same_sharpness_far_from_the_origin(assignment: str) -> None:
+    rows = torch.randn(2000, 16)
+    found = []
+    for offset in (0.0, 1e4):
+        module = ResidualEncoding(16, 6, assignment)
+        module.fit(rows + offset)
+        found.append(
+            module.scale[0] if assignment == "soft" else module.weight.norm() / module.codebook.norm() / 2
+        )
+    assert float(found[0] / found[1]) == pytest.approx(1, rel=0.1)  # k-means ends elsewhere
+
+
 def test_bad_shapes(codebook: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"features come last: pass x\.transpose\(1, 2\)"):
+        residual_encode(torch.randn(2, 6, 9), codebook)
     with pytest.raises(ValueError, match=r"\[N, D\] or \[B, N, D\]"):
         residual_encode(torch.randn(2, 2, 2, 6), codebook)
     with pytest.raises(ValueError, match=r"\[N, D\] or \[B, N, D\]"):
@@ -256,10 +350,16 @@ def test_double_backward_and_vmap_say_so(codebook: Tensor) -> None:
         )
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
-        with pytest.raises(NotImplementedError, match="no vmap rule: pass all bags in one call"):
-            torch.vmap(lambda bag, o=options: residual_encode(bag, codebook, check=False, **o))(
-                torch.randn(2, 5, 6)
-            )
+        for check in (False, True):
+            with pytest.raises(NotImplementedError, match="no vmap rule: pass all bags in one call"):
+                torch.vmap(lambda bag, o=options, c=check: residual_encode(bag, codebook, check=c, **o))(
+                    torch.randn(2, 5, 6)
+                )
+    x = torch.randn(5, 6)
+    for name, batch in (("index", torch.zeros(2, 5, dtype=torch.int64)), ("scale", torch.ones(2, 4))):
+        o = {"assignment": "soft"} if name == "scale" else {}
+        with pytest.raises(NotImplementedError, match="no vmap rule"):
+            torch.vmap(lambda t, n=name, o=o: residual_encode(x, codebook, **o, **{n: t}))(batch)
 
 
 def test_the_kernel_leaves_out_rows_of_no_bag(kernel_device: str) -> None:
