@@ -78,6 +78,8 @@ def fit_codebook(
     """
     if init not in INITS:
         raise ValueError(f"fit_codebook: init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
+    if not isinstance(codewords, int):
+        raise ValueError(f"fit_codebook: codewords must be an int, got {type(codewords).__name__}")
     if codewords < 1:
         raise ValueError(f"fit_codebook: codewords must be at least 1, got {codewords}")
     if iterations < 0:

@@ -1,17 +1,23 @@
-"""The README's Python runs as printed."""
+"""The Python of the README and of docs/encoding.md runs as printed."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 
 
 def run(code: str, folder: Path) -> None:
@@ -25,9 +31,23 @@ def test_bank_block(tmp_path):
     run(BLOCKS[0] + "\nassert V.shape == (2, 16, 64) and encoder[1].weight.grad.abs().sum() > 0", tmp_path)
 
 
-def test_bag_block_on_a_real_bag(tmp_path, test_data):
-    shutil.copy(test_data / "bags" / "TCGA-AD-6964-01Z-00-DX1.h5", tmp_path)
-    run(BLOCKS[1] + "\nassert slide.shape == (1, 16 * 512) and abs(slide.norm() - 1) < 1e-5", tmp_path)
+def test_bags_block_on_real_bags(tmp_path, test_data):
+    (tmp_path / "features").mkdir()
+    for name, key in (("TCGA-AD-6964-01Z-00-DX1", "feats"), ("TCGA-3X-AAVA-01Z-00-DX1", "features")):
+        source, copy = test_data / "bags" / f"{name}.h5", tmp_path / "features" / f"{name}.h5"
+        with h5py.File(source) as read, h5py.File(copy, "w") as written:
+            written["feats"] = read[key][:]
+    run(
+        BLOCKS[1] + "\nassert slides.shape == (2, 16 * 512) and (slides.norm(dim=1) - 1).abs().max() < 1e-5",
+        tmp_path,
+    )
+
+
+def test_encoding_page(tmp_path):
+    page = blocks("docs/encoding.md")
+    assert len(page) == 2
+    check = "\nassert V.shape == (3, 16, 128) and int(counts.sum()) == len(codes) == len(distances) == 740"
+    run("\n".join(page) + check, tmp_path)
 
 
 def test_every_block_is_tested():

@@ -20,6 +20,7 @@ from dre_fast.reference.encode import (
 )
 from dre_fast.reference.layout import as_ragged, bag_of_row
 
+_TOO_LARGE = "; float16 ends at 65,504: larger features need bfloat16 or float32"
 _ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -161,7 +162,8 @@ def _check_arguments(
             f"residual_encode: x must be floating point: float32, float16, bfloat16 or float64, got {x.dtype}"
         )
     if x.dim() not in (2, 3):
-        raise ValueError(f"residual_encode: x must be [N, D] or [B, N, D], got {tuple(x.shape)}")
+        how = "; of feature maps [B, D, H, W] pass x.flatten(2).transpose(1, 2)" if x.dim() == 4 else ""
+        raise ValueError(f"residual_encode: x must be [N, D] or [B, N, D], got {tuple(x.shape)}{how}")
     if x.shape[-1] != dim:
         how = "encode with the codebook fitted on these features"
         if x.dim() == 3 and x.shape[1] == dim:
@@ -196,8 +198,14 @@ def _check_offsets_and_index(x: Tensor, cu_seqlens: Tensor | None, index: Tensor
         offsets = cu_seqlens.tolist()
         if offsets[:1] != [0] or offsets[-1] != rows or offsets != sorted(offsets):
             shown = ", ".join(map(str, offsets[:8])) + (", ..." if len(offsets) > 8 else "")
+            what = "rows" if index is None else "entries of index"
+            how = (
+                "; lengths [B] become offsets by F.pad(lengths.cumsum(0), (1, 0))"
+                if offsets[:1] != [0]
+                else ""
+            )
             raise ValueError(
-                f"residual_encode: cu_seqlens must ascend from 0 to the number of rows, {rows}; got [{shown}]"
+                f"residual_encode: cu_seqlens must ascend from 0 to the number of {what}, {rows}; got [{shown}]{how}"
             )
     if index is not None and index.numel() and x.dim() == 2:
         low, high = int(index.min()), int(index.max())
@@ -233,7 +241,7 @@ def _raise_not_finite(
             row = where[0] - int(cu_seqlens[bag])
         raise ValueError(
             f"residual_encode: row {row} of bag {bag} holds NaN or Inf ({int(bad.sum())} such rows in all); "
-            "drop these rows, or mask them"
+            f"drop these rows, or mask them{_TOO_LARGE if x.dtype == torch.float16 else ''}"
         )
     for name, tensor in (("codebook", codebook), *zip(("scale", "weight", "bias"), parameters)):
         if tensor is not None and not torch.isfinite(tensor).all():
@@ -252,11 +260,12 @@ class ResidualEncoding(nn.Module):
             ``"netvlad"`` (weight [K, D] and bias [K], independent of the codebook).
         normalize: any of ``"intra"``, ``"power"``, ``"l2"`` in that order.
         normalize_rows: divide each row by its L2 norm as it is read; :meth:`fit` does the same.
-        learnable: train codebook and assignment parameters by gradient. Otherwise they are buffers. Under hard
+        learnable: train codebook and assignment parameters by gradient, as Deep-TEN and NetVLAD do. Otherwise, and by
+            default, they are buffers that only :meth:`fit` sets, and the module has no parameters. Under hard
             assignment a codebook learns only through the values of the residuals.
 
     Shapes:
-        ``forward(x, cu_seqlens=None, mask=None, index=None, return_counts=False)``: the layouts and results
+        ``forward(x, cu_seqlens=None, mask=None, index=None, return_counts=False, check=True)``: the layouts and results
         of :func:`residual_encode`; V [B, K, D] fp32.
 
     Raises:
@@ -319,7 +328,7 @@ class ResidualEncoding(nn.Module):
             self.bias.copy_(-alpha * self.codebook.square().sum(dim=1))
 
     @torch.no_grad()
-    def fit(self, rows: Any, *, iterations: int = 25, seed: int = 0) -> float:
+    def fit(self, rows: Any, *, iterations: int = 25, seed: int = 0, **options: Any) -> float:
         """Fit the codebook by k-means, and soft assignments so that they are clear but not hard.
 
         The sharpness alpha makes the nearest codeword 100 times as likely as the second on average (NetVLAD,
@@ -329,19 +338,22 @@ class ResidualEncoding(nn.Module):
             rows: [N, D] or a bank, as for :func:`dre_fast.fit_codebook`.
             iterations: Lloyd iterations.
             seed: seed of the start.
+            options: of :func:`dre_fast.fit_codebook`: init, weights, batch_size, tolerance, warm_start, history. A
+                codebook of your own goes in as ``warm_start=codebook, iterations=0``, with which soft assignments
+                are set for it as well.
 
         Returns:
             Inertia: the sum of squared distances to the nearest codeword.
 
         Raises:
-            ValueError: fewer rows than codewords, another D, or NaN or Inf in a row.
+            ValueError: fewer rows than codewords, another D, NaN or Inf in a row, or options that do not fit.
         """
         first = next(chunks(rows), None)
         if first is not None and first.dim != self.dim:
             raise ValueError(f"ResidualEncoding.fit: rows have D={first.dim}, not {self.dim}")
         if self.normalize_rows:
             rows = _UnitRows(rows)
-        codebook, inertia = fit_codebook(rows, self.codewords, iterations=iterations, seed=seed)
+        codebook, inertia = fit_codebook(rows, self.codewords, iterations=iterations, seed=seed, **options)
         self.codebook.copy_(codebook)
         if self.assignment != "hard" and self.codewords > 1:
             gaps, total, middle = (
@@ -364,6 +376,7 @@ class ResidualEncoding(nn.Module):
         mask: Tensor | None = None,
         index: Tensor | None = None,
         return_counts: bool = False,
+        check: bool = True,
     ) -> Any:
         """V fp32 [B, K, D], and the counts where asked for: arguments and errors of :func:`residual_encode`."""
         return residual_encode(
@@ -379,6 +392,7 @@ class ResidualEncoding(nn.Module):
             normalize=self.normalize,
             normalize_rows=self.normalize_rows,
             return_counts=return_counts,
+            check=check,
         )
 
     def extra_repr(self) -> str:

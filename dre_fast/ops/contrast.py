@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dre_fast.ops.once import differentiable_once
 from dre_fast.reference import loss as reference
 
 NAMES = ("info_nce_rows", "info_nce_rows_backward", "siglip_rows", "siglip_rows_backward")
@@ -99,7 +99,7 @@ class _InfoNceRows(torch.autograd.Function):
         return loss, positives
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         d_slides, d_scale = _info_nce_backward_op(grad, *ctx.saved_tensors, ctx.tile)
         return d_slides, None, None, None, d_scale, None
@@ -122,7 +122,7 @@ class _SiglipRows(torch.autograd.Function):
         return _siglip_op(slides, reports, slide_cases, report_cases, scale, bias, tile)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_slides, d_scale, d_bias = _siglip_backward_op(grad, *ctx.saved_tensors, ctx.tile)
         return d_slides, None, None, None, d_scale, d_bias, None

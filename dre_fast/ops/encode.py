@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dre_fast.ops import native
+from dre_fast.ops.once import differentiable_once
 from dre_fast.reference import encode as reference
 from dre_fast.reference.rows import add_rows
 
@@ -316,7 +316,7 @@ class _HardEncode(torch.autograd.Function):
         raise NotImplementedError(_NO_VMAP)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, counts, codes, cu_seqlens, index = ctx.saved_tensors
         x_dtype, codebook_dtype = ctx.dtypes
@@ -362,7 +362,7 @@ class _SoftEncode(torch.autograd.Function):
         raise NotImplementedError(_NO_VMAP)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
         x, codebook, cu_seqlens, mass, scale, weight, bias, index = ctx.saved_tensors
         d_rows, d_codebook, d_scale, d_weight, d_bias = _soft_backward_op(

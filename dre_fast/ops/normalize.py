@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dre_fast.ops import native
+from dre_fast.ops.once import differentiable_once
 from dre_fast.reference import encode as reference
 from dre_fast.reference.normalize import normalize_residuals_backward as reference_backward
 
@@ -111,7 +111,7 @@ class _Normalize(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (V,) = ctx.saved_tensors
         return _backward_op(grad, V, *ctx.options).to(V.dtype), None, None, None, None, None

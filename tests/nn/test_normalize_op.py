@@ -90,7 +90,7 @@ def test_what_does_not_work_says_so() -> None:
     with pytest.raises(NotImplementedError, match="no vmap rule"):
         torch.func.vmap(lambda t: normalize_residuals(t, "l2"))(V[None])
     (first,) = torch.autograd.grad(normalize_residuals(V, "l2").sin().sum(), V, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         first.sum().backward()
     with pytest.raises(ValueError, match="unknown"):
         normalize_residuals(V, "l1")
