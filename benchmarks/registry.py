@@ -117,6 +117,8 @@ CPU_ENCODE = (
 CPU_SOFT = (
     Encode("P4-cpu", 16_384, 384, 64, 8, torch.float32),
     Encode("P4-cpu-1k", 1_024, 384, 64, 2, torch.float32),
+    Encode("P4-cpu-D1024", 8_192, 1024, 64, 4, torch.float32),
+    Encode("P4-cpu-bf16", 16_384, 384, 64, 8, torch.bfloat16),
 )
 CPU_RETRIEVAL = (Retrieval("P3-cpu", 32, 8_192, 64, 4_096, 384, 64),)
 # The same road at sizes that take a moment, for `benchmarks/gpu.sh --dry-run` and for tests of the scripts.

@@ -55,11 +55,15 @@ class SoftEncode {
     mass_[cell] = static_cast<float>(mass);
     const float* c = by_.centre[k];
     float* out = residuals_ + cell * dim;
-    for (int64_t j = 0; j < dim; ++j) {
-      double sum = 0.0;
-      for (int64_t p = 0; p < n; ++p) sum += sums[p]->sum[k * ld + j];
-      out[j] = static_cast<float>(sum - mass * c[j]);
+    if (n == 1) {
+      const float* sum = &sums[0]->sum[k * ld];
+      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(sum[j] - mass * c[j]);
+      return;
     }
+    std::vector<double> total(dim, 0.0);
+    for (int64_t p = 0; p < n; ++p)
+      for (int64_t j = 0; j < dim; ++j) total[j] += sums[p]->sum[k * ld + j];
+    for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<float>(total[j] - mass * c[j]);
   }
 
   std::unique_ptr<Sums> make() const { return std::make_unique<Sums>(by_); }

@@ -46,10 +46,8 @@ void Transposed::fill(const float* matrix, int64_t rows, int64_t pitch) {
   for (int64_t first = 0; first < rows; first += kPanel) {
     float* panel = values_.data() + first * ld_;
     const int64_t taken = std::min(kPanel, rows - first);
-    for (int64_t k = 0; k < taken; ++k) {
-      const float* row = matrix + (first + k) * pitch;
-      for (int64_t j = 0; j < ld_; ++j) panel[j * kPanel + k] = row[j];
-    }
+    for (int64_t j = 0; j < ld_; ++j)
+      for (int64_t k = 0; k < taken; ++k) panel[j * kPanel + k] = matrix[(first + k) * pitch + j];
   }
 }
 
@@ -93,11 +91,8 @@ SoftAssignment::SoftAssignment(
     }
   } else {
     const Tensor b = bias ? vector("bias", *bias) : codebook;
-    for (int64_t k = 0; k < words; ++k) {
-      double start = bias ? floats(b)[k] : 0.0;
-      for (int64_t j = 0; j < ld; ++j) start += static_cast<double>(w[k][j]) * middle[j];
-      start_[k] = static_cast<float>(start);
-    }
+    for (int64_t k = 0; k < words; ++k)
+      start_[k] = static_cast<float>((bias ? floats(b)[k] : 0.0) + dot(w[k], middle.data(), ld));
   }
   packed_.fill(points_.data(), words, pitch_of(ld));
   const int64_t row_bytes = (ld + 2 * padded_words) * static_cast<int64_t>(sizeof(float));

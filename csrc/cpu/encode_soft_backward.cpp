@@ -89,9 +89,7 @@ class SoftBackward {
     for (int64_t k = 0; k < words; ++k) {
       const float *g = grad_ + (bag * words + k) * dim, *c = by_.centre[k];
       std::memcpy(&t.grad[k * pitch], g, dim * sizeof(float));
-      double with_centre = 0.0;
-      for (int64_t j = 0; j < dim; ++j) with_centre += static_cast<double>(g[j]) * c[j];
-      t.start[k] = static_cast<float>(grad_mass_[bag * words + k] - with_centre);
+      t.start[k] = static_cast<float>(grad_mass_[bag * words + k] - dot(&t.grad[k * pitch], c, by_.centre.ld));
     }
     t.grad_transposed.fill(t.grad.data(), words, pitch);
   }
