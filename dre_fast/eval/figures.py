@@ -47,4 +47,4 @@ def tidy(axes: object) -> None:
         axes.spines[side].set_visible(False)  # type: ignore[attr-defined]
     for side in ("left", "bottom"):
         axes.spines[side].set_color(MUTED)  # type: ignore[attr-defined]
-    axes.tick_params(colors=MUTED, labelsize=8)  # type: ignore[attr-defined]
+    axes.tick_params(which="both", colors=MUTED, labelsize=8)  # type: ignore[attr-defined]

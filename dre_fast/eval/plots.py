@@ -12,6 +12,8 @@ import numpy as np
 
 from dre_fast.eval.figures import INK, MUTED, PALETTE, new_figure, save_figure, tidy
 
+_STATISTICS = {"q50": "median", "q90": "90th percentile", "q99": "99th percentile", "max": "largest"}
+
 Log = Sequence[Mapping[str, Any]]
 
 
@@ -88,11 +90,11 @@ def draw_staleness(
                 axis.plot(x + 1, y, color=colour, linewidth=1.8, label=name)
                 drawn += 1
             if "drift" in key and len(y) and y.min() > 0:
-                axis.set_yscale("log")
+                _log_scale(axis)
         axis.set_title(title, fontsize=9, color=INK, loc="left")
         axis.set_xlabel("epoch", fontsize=8, color=MUTED)
-        if drawn > 1:
-            axis.legend(fontsize=8, frameon=False)
+        if drawn > 1:  # below the panel: there are as many lines as places in it
+            axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
         tidy(axis)
     axes[2].set_ylim(0, 1)
     if statistics:
@@ -113,7 +115,20 @@ def _drift_keys(log: Log) -> list[tuple[str, str]]:
         for key in record
         if key.startswith("bank_drift_")
     )
-    return [(key.removeprefix("bank_drift_"), key) for key in found]
+    return [
+        (_STATISTICS.get(name, name), f"bank_drift_{name}")
+        for name in (k.removeprefix("bank_drift_") for k in found)
+    ]
+
+
+def _log_scale(axis: Any) -> None:
+    """A logarithmic axis with plain numbers on it, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(LogLocator(subs=()))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _panels(count: int):  # type: ignore[no-untyped-def]

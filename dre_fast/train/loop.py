@@ -215,6 +215,8 @@ class Trainer:
             for k, v in summary.items()
             if k.startswith(("train_loss", "val_")) and v is not None
         ]
+        if not (self._encoder_moves(epoch) or self.config.optim.freeze_encoder):
+            shown.append("encoder held still (optim.head_warmup_epochs)")
         print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
         self._checkpoint()
 
