@@ -45,15 +45,6 @@ struct WideStep {
   static inline Vec run(const Value* y, Vec w, Vec sum) { return fma(all(*y), w, sum); }
 };
 
-// Fetches one line of memory a step, so that reading rows hides behind arithmetic.
-struct Lines {
-  const char *next, *end;
-  inline void fetch() {
-    if (next < end) __builtin_prefetch(next, 0, 2);
-    next += 64;
-  }
-};
-
 template <class Step, int kRegisters>
 inline void tile(
     const typename Step::Value* y, int64_t pitch, int64_t ld, const float* panel, const float* minus_b, int64_t words,

@@ -1,4 +1,4 @@
-// Registers of fp32 lanes for the encode kernels, in the instruction set of the including file.
+// Registers of fp32 lanes for the encode kernels, hard and soft, in the instruction set of the including file.
 //
 // No standard library or torch header here: see row_kernels.h.
 #pragma once
@@ -89,6 +89,15 @@ inline float largest_of(Vec v) {
     for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   return lane[0];
 }
+
+// Fetches one line of memory a step, so that reading rows hides behind arithmetic.
+struct Lines {
+  const char *next, *end;
+  inline void fetch() {
+    if (next < end) __builtin_prefetch(next, 0, 2);
+    next += 64;
+  }
+};
 
 }  // namespace
 }  // namespace dre_fast

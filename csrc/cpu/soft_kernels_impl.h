@@ -8,15 +8,6 @@ namespace dre_fast {
 namespace {
 
 // ---- products -----------------------------------------------------------------------------------------------------
-// Fetches one line of memory a step, so that reading rows hides behind arithmetic.
-struct Lines {
-  const char *next, *end;
-  inline void fetch() {
-    if (next < end) __builtin_prefetch(next, 0, 2);
-    next += 64;
-  }
-};
-
 // kRows x kRegisters registers of products, while p goes by.
 template <bool kRowMajor, int kRows, int kRegisters>
 void tile(Left a, int64_t inner, const float* b, int64_t b_row, const float* start, float* c, int64_t c_row, Lines& ahead) {
