@@ -98,7 +98,9 @@ def test_soft(benchmark, peak_memory, shape: Encode, device: str, assignment: st
     if name == "gemm, compiled" and (reason := peers.why_no_compiler(device)):
         pytest.skip(reason)
     if (name, device, assignment, shape.dtype) == ("gemm, compiled", "cpu", "NetVLAD", torch.bfloat16):
-        pytest.skip("torch.compile (2.13) gives another gradient of the rows than the eager form: cosine 0.78")
+        pytest.skip(
+            "torch.compile (2.13) gives another gradient of the rows than the eager form: cosine 0.78"
+        )
     given = inputs(shape, device, assignment)
     run = partial(step, given, name)
     results, right = run(), expected(shape, device, assignment)
