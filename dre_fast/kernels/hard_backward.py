@@ -21,7 +21,7 @@ from dre_fast.kernels import config
 from dre_fast.kernels.case import Case
 
 _RUN_TIME = ["M", "B", "R", "steps"]
-_ELEMENTS = 4096  # of the rows one program holds at a time: 32 a thread, several 16-byte loads in flight
+_ELEMENTS = 2048  # of the rows one program holds at a time: 16 a thread, many programs a multiprocessor
 _WARPS = 4
 _COLUMNS = 256  # a plain gather takes rows this many columns at a time
 
@@ -76,13 +76,12 @@ def _unit_kernel(grad_ptr, codes_ptr, cu_ptr, x_ptr, index_ptr, out_ptr, M, B, R
     shrink = 1.0 / tl.maximum(tl.max(tl.abs(x), 1), 1.0)
     x = x * shrink[:, None]
     square = tl.sum(x * x, 1)
-    usable = square > 1e-24  # not for NaN
-    norm = tl.sqrt_rn(tl.where(usable, square, 1.0))
-    u = tl.div_rn(
-        x, tl.broadcast_to(norm[:, None], x.shape)
-    )  # exactly 1 or -1 for D = 1, whose gradient is 0
+    usable = (square > 1e-24) & (D > 1)  # not for NaN; one column keeps its sign only, of gradient 0
+    # One division a row, not one an element: a division is a call with registers to save around it.
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.where(usable, square, 1.0)))
+    u = x * inverse[:, None]
     along = tl.sum(g * u, 1)
-    d_x = (g - along[:, None] * u) * (shrink / norm)[:, None]
+    d_x = (g - along[:, None] * u) * (shrink * inverse)[:, None]
     d_x = tl.where(usable[:, None], d_x, 0.0)
     out = out_ptr + (i * D)[:, None] + d[None, :]
     tl.store(out, d_x.to(out_ptr.dtype.element_ty), mask=(i < M)[:, None] & (d < D)[None, :])
