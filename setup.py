@@ -289,7 +289,8 @@ def host_part(chain: Toolchain) -> Part:
     }
     flags = [*chain.cxxflags, f"-I{python}", f"-I{pybind11.get_include()}"]
     flags += [f"-DDRE_FAST_{key}={json.dumps(value)}" for key, value in facts.items()]
-    return Part("_host", ["csrc/host/module.cpp"], chain.compiler, flags, chain.link)
+    sources = ["csrc/host/module.cpp", "csrc/host/row_file.cpp"]
+    return Part("_host", sources, chain.compiler, flags, [*chain.link, "-pthread"])
 
 
 def plan() -> tuple[list[Part], dict[str, Any]]:

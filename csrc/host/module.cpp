@@ -1,11 +1,18 @@
-// The pybind11 module: facts about this build. Plain types only, no torch in it.
+// The pybind11 module: facts about this build, and the file of rows. Plain types only, no torch in it.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
+#include <system_error>
+
+#include "row_file.h"
 
 namespace py = pybind11;
+using dre_fast::Pages;
+using dre_fast::RowFile;
 
 namespace {
 
@@ -22,11 +29,65 @@ py::dict build_info() {
   return info;
 }
 
+// Bytes that keep their pages alive for as long as the array, or a tensor made of it, lives.
+py::array_t<uint8_t> as_array(const std::shared_ptr<Pages>& pages) {
+  const py::capsule owner(new std::shared_ptr<Pages>(pages), [](void* p) { delete static_cast<std::shared_ptr<Pages>*>(p); });
+  return py::array_t<uint8_t>({pages->bytes()}, {1}, reinterpret_cast<uint8_t*>(pages->data()), owner);
+}
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+py::dict statistics(RowFile& file) {
+  const RowFile::Statistics s = file.statistics();
+  py::dict out;
+  out["reads"] = s.reads;
+  out["writes"] = s.writes;
+  out["bytes_read"] = s.bytes_read;
+  out["bytes_written"] = s.bytes_written;
+  out["busy_seconds"] = s.busy_seconds;
+  out["wait_seconds"] = s.wait_seconds;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the compiled parts of dre_fast.";
+  m.doc() = "Facts about the compiled parts of dre_fast, and the file behind a memory bank larger than memory.";
   m.def(
       "build_info", &build_info,
       "compiler version and flags, the torch whose headers were used, cuda (bool) and its architectures");
+
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<RowFile, std::unique_ptr<RowFile, RowFile::Owner>>(
+      m, "RowFile", "A nameless file of rows, a ring of rows in memory, threads that copy between them.")
+      .def(
+          py::init<const std::string&, int64_t, int64_t, int64_t, int>(), py::arg("folder"), py::arg("rows"),
+          py::arg("row_bytes"), py::arg("ring_rows"), py::arg("threads"), no_gil)
+      .def("read", &RowFile::read, py::arg("first"), py::arg("rows"), py::arg("at"), py::arg("after"), no_gil,
+           "file rows into the ring -> job number")
+      .def("write", &RowFile::write, py::arg("from_"), py::arg("to"), py::arg("after"), no_gil,
+           "ring rows into the file -> job number")
+      .def("done", &RowFile::done, py::arg("job"), no_gil, "True, or False while under way; raises what it failed with")
+      .def(
+          "wait", [](RowFile& file, RowFile::Job job) { file.wait(job, check_signals); }, py::arg("job"), no_gil,
+          "wait for a job; raises what it failed with")
+      .def(
+          "resize", [](RowFile& file, int64_t rows) { file.resize(rows, check_signals); }, py::arg("rows"), no_gil)
+      .def("close", &RowFile::close, no_gil, "drop jobs not begun and join the threads")
+      .def("ring", [](const RowFile& file) { return as_array(file.ring()); }, "uint8 [ring_rows x row_bytes]")
+      .def("map", [](RowFile& file) { return as_array(file.map()); }, "uint8 [rows x row_bytes], the file itself")
+      .def("fileno", &RowFile::fd)
+      .def_property_readonly("rows", &RowFile::rows)
+      .def("statistics", &statistics);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from dre_fast.nn import bank_checks as checks
 from dre_fast.nn import bank_io
+from dre_fast.nn.bank_rows import Rows
 from dre_fast.nn.bank_stats import freshness
 from dre_fast.nn.bank_tables import BankTables
+from dre_fast.nn.bank_tiers import choose_tier
 from dre_fast.ops import bank as ops
 from dre_fast.ops.encode import encode_stored, hard_encode
 from dre_fast.reference.layout import kept_rows
-from dre_fast.reference.quantize import has_scale
+from dre_fast.reference.quantize import has_scale, row_dtype
 
 
 class MemoryBank(BankTables):
@@ -60,11 +63,22 @@ class MemoryBank(BankTables):
         codebook: [K, D], or None to set one later with :meth:`set_codebook`.
         dtype: row format, ``"int8"`` (default, D + 4 bytes a row), ``"float8_e4m3fn"``, ``"bfloat16"``,
             ``"float16"`` or ``"float32"``.
-        device: where the tables lie.
+        device: where the tables lie and the kernels run.
+        tier: where the payload lies. "device": with the other tables. "host": in pinned host memory, which the
+            kernels of a CUDA device read and write over the bus. "file": in a file of ``folder``, with ``cache`` bytes
+            of memory for the slides of the coming steps, see :meth:`prefetch`. "auto": the first of these that holds
+            the bank. The other tables (14 bytes a row, sums) are on ``device`` in any tier.
+        folder: tier "file": a folder with room for the rows. The file has no name and is gone with the process: it is
+            working space, :meth:`save` keeps a bank.
+        cache: tier "file": bytes of memory, an int or a string such as "8GB" (default: what the rows need,
+            within 64 MB and 4.3 GB). It must hold all slides of one call, and should hold those of a few.
+        budget: tier "auto": bytes of ``device`` that the bank may take (default: what is free).
 
     Raises:
-        ValueError: a slide without tiles (named), an unknown dtype, a codebook of the wrong shape, or more
-            memory needed than is free (with the numbers).
+        ValueError: a slide without tiles (named), an unknown dtype or tier, a codebook of the wrong shape, or more
+            memory or disk needed than is free (with the numbers).
+        RuntimeError: tier "file" without the compiled host part of dre_fast (says how to get it).
+        OSError: tier "file": the folder cannot be written to.
     """
 
     # ------------------------------------------------------------------ rows
@@ -89,26 +103,29 @@ class MemoryBank(BankTables):
                 f"MemoryBank.write: features must be [{tiles.shape[0]}, {self.dim}] for these ids, "
                 f"got {list(features.shape)}"
             )
-        features = features.detach().to(self.payload.device, torch.float32)
+        features = features.detach().to(self.device, torch.float32)
         if not torch.compiler.is_compiling():
             if not 0 <= step < 1 << 31:
                 raise ValueError(f"MemoryBank.write: step must lie in 0 .. 2^31 - 1, got {step}")
             checks.check_rows(self.length, slides, tiles, features)
-        ops.write(
-            self.payload,
-            self.scale,
-            self.code,
-            self.age,
-            self.drift,
-            self.slide_sums,
-            self.slide_counts,
-            self.codebook,
-            self.start,
-            slides.contiguous(),
-            tiles.contiguous(),
-            features.contiguous(),
-            step,
-        )
+        with self._in_memory(slides) as rows:
+            ops.write(
+                rows.payload,
+                rows.scale,
+                rows.code,
+                rows.age,
+                rows.drift,
+                self.slide_sums,
+                self.slide_counts,
+                self.codebook,
+                rows.start,
+                slides.contiguous(),
+                tiles.contiguous(),
+                features.contiguous(),
+                step,
+            )
+            if self._file is not None:
+                self._file.wrote(slides, tiles, rows, self._own_rows())
 
     @torch.no_grad()
     def read(self, slides: Tensor, tiles: Tensor) -> Tensor:
@@ -122,22 +139,26 @@ class MemoryBank(BankTables):
         slides, tiles = self._rows(slides, tiles)
         if not torch.compiler.is_compiling():
             checks.check_rows(self.length, slides, tiles)
-        return ops.read(self.payload, self.scale, self._row_numbers(slides, tiles), self.dim)
+        with self._in_memory(slides) as rows:
+            return ops.read(rows.payload, rows.scale, _row_numbers(rows.start, slides, tiles), self.dim)
 
     @torch.no_grad()
     def iter_rows(self, chunk: int = 65536) -> Iterator[Tensor]:
         """The written rows in slide order, dequantised: fp32 [n, D], 1 <= n <= ``chunk``."""
         for _, rows in self._row_chunks(chunk):
             if rows.numel():
-                yield ops.read(self.payload, self.scale, rows, self.dim)
+                yield ops.read(*self._stored(rows), self.dim)
 
     @torch.no_grad()
     def iter_stored(self, chunk: int = 65536) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """The written rows in slide order where they lie: (payload, scale or None, row numbers int64 [n])."""
-        scale = self.scale if has_scale(self.payload.dtype) else None
+        """The written rows in slide order: (payload, scale or None, row numbers int64 [n]) on the bank's device.
+
+        They are read where they lie, unless that is a file and the device is another.
+        """
         for _, rows in self._row_chunks(chunk):
             if rows.numel():
-                yield self.payload, scale, rows
+                payload, scale, index = self._stored(rows)
+                yield payload, scale if has_scale(self.dtype) else None, index
 
     @torch.no_grad()
     def slide_weights(self) -> Tensor:
@@ -265,7 +286,7 @@ class MemoryBank(BankTables):
                 seed and live slots; ids outside the bank, a tile twice or a live row that is not finite (naming slide and
                 tile).
         """
-        slides, tiles = self._slide_ids(slides), torch.as_tensor(tiles, device=self.payload.device)
+        slides, tiles = self._slide_ids(slides), torch.as_tensor(tiles, device=self.device)
         b = slides.shape[0]
         if tiles.ndim != 2 or tiles.shape[0] != b or live.shape != (*tiles.shape, self.dim):
             raise ValueError(
@@ -290,15 +311,15 @@ class MemoryBank(BankTables):
         valid = tiles >= 0
         if memory == "full":
             encoded, counts = self._encode_bags(live, valid)
-            with torch.no_grad():
+            with torch.no_grad(), self._in_memory(slides) as rows:
                 others, n_others = ops.rest(
-                    self.payload,
-                    self.scale,
-                    self.code,
+                    rows.payload,
+                    rows.scale,
+                    rows.code,
                     self.slide_sums,
                     self.slide_counts,
                     self.codebook,
-                    self.start,
+                    rows.start,
                     slides,
                     tiles,
                 )
@@ -330,20 +351,23 @@ class MemoryBank(BankTables):
         """V fp32 [B, K, D] and counts of up to r stored rows of each slide, read where they lie."""
         b, m = tiles.shape
         others = ops.tiles(self.length[slides], slides, m, r, m, visit, seed)
-        rows = self._row_numbers(slides[:, None], others)
-        # only tiles that do not come from sample() can meet their own stored version here
-        live_rows = self._row_numbers(slides[:, None], tiles)
-        bag = torch.arange(b, device=tiles.device)[:, None] * max(self.payload.shape[0], 1)
-        again = torch.isin(bag + rows.clamp(min=0), torch.where(live_rows >= 0, bag + live_rows, -1))
-        # the code of a row that was never written is -1: it is skipped
-        return encode_stored(
-            self.payload,
-            self.scale if has_scale(self.payload.dtype) else None,
-            self.code,
-            torch.where(again, -1, rows).reshape(-1),
-            self.codebook,
-            torch.arange(b + 1, device=tiles.device) * r,
-        )
+        with self._in_memory(slides) as rows:
+            number = _row_numbers(rows.start, slides[:, None], others)
+            # only tiles that do not come from sample() can meet their own stored version here
+            live_number = _row_numbers(rows.start, slides[:, None], tiles)
+            bag = torch.arange(b, device=tiles.device)[:, None] * max(rows.payload.shape[0], 1)
+            again = torch.isin(
+                bag + number.clamp(min=0), torch.where(live_number >= 0, bag + live_number, -1)
+            )
+            # the code of a row that was never written is -1: it is skipped
+            return encode_stored(
+                rows.payload,
+                rows.scale if has_scale(self.dtype) else None,
+                rows.code,
+                torch.where(again, -1, number).reshape(-1),
+                self.codebook,
+                torch.arange(b + 1, device=tiles.device) * r,
+            )
 
     def _encode_bags(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Hard residual encoding of rows [B, q, D] where valid [B, q]: V [B, K, D], counts int64 [B, K]."""
@@ -376,6 +400,8 @@ class MemoryBank(BankTables):
             "rows": str(self.payload.shape[0]),
             "codewords": str(self.codebook.shape[0]),
         }
+        if self._file is not None:
+            self._file.ring.flush()
         bank_io.write_tables(path, {name: getattr(self, name) for name in checks.TABLES}, about)
 
     @classmethod
@@ -385,10 +411,12 @@ class MemoryBank(BankTables):
         *,
         device: torch.device | str | None = None,
         dtype: str | torch.dtype | None = None,
+        **placement: Any,
     ) -> MemoryBank:
         """Read a bank saved by :meth:`save`.
 
         Args:
+            placement: ``tier``, ``folder``, ``cache`` and ``budget`` as for a new bank.
             device: where to put it (default: the current default device).
             dtype: row format; another one than the file's converts the stored rows, codes them again and
                 rebuilds the sums. Ages and drifts are kept.
@@ -398,7 +426,20 @@ class MemoryBank(BankTables):
             ValueError: not such a file, cut short, or too large for the free memory; names the file.
         """
         tables, _ = bank_io.read_tables(path)
-        bank = cls([], tables["codebook"].shape[1], dtype=dtype or tables["payload"].dtype, device=device)
+        row = row_dtype(dtype or tables["payload"].dtype)
+        (k, dim), slides = tables["codebook"].shape, tables["start"].shape[0]
+        if placement.get("tier") == "auto":
+            placement["tier"] = choose_tier(
+                tables["payload"].shape[0],
+                dim,
+                row,
+                slides,
+                k,
+                torch.empty(0, device=device).device,
+                placement.pop("budget", None),
+                placement.get("folder"),
+            )
+        bank = cls([], dim, dtype=row, device=device, **placement)
         bank._adopt(tables)
         return bank
 
@@ -406,7 +447,7 @@ class MemoryBank(BankTables):
 
     def _rows(self, slides: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Both ids as int64 [R] on the bank's device."""
-        device = self.payload.device
+        device = self.device
         slides, tiles = torch.broadcast_tensors(
             torch.as_tensor(slides, device=device), torch.as_tensor(tiles, device=device)
         )
@@ -416,17 +457,6 @@ class MemoryBank(BankTables):
                 f"{list(tiles.shape)}"
             )
         return slides.to(torch.int64), tiles.to(torch.int64)
-
-    def _slide_ids(self, slides: Tensor) -> Tensor:
-        slides = torch.as_tensor(slides, device=self.payload.device)
-        if slides.ndim != 1 or slides.is_floating_point():
-            raise ValueError(
-                f"MemoryBank: slides must be integers [B], got {slides.dtype} {list(slides.shape)}"
-            )
-        slides = slides.to(torch.int64)
-        if not torch.compiler.is_compiling():
-            checks.check_slides(self.length, slides)
-        return slides
 
     def _visits(self, cycle: Tensor | int, slides: Tensor) -> Tensor:
         visit = torch.as_tensor(cycle, device=slides.device)
@@ -440,8 +470,17 @@ class MemoryBank(BankTables):
             raise ValueError(f"MemoryBank: cycle (the visit number) counts from 0, got {int(visit.min())}")
         return visit
 
-    def _row_numbers(self, slides: Tensor, tiles: Tensor) -> Tensor:
-        """start + tile, or -1 where an id is negative; broadcasts."""
-        if self.num_slides == 0:
-            return torch.full_like(tiles, -1)
-        return torch.where((slides >= 0) & (tiles >= 0), self.start[slides.clamp(min=0)] + tiles, -1)
+    def _own_rows(self) -> Rows:
+        return Rows(self.payload, self.scale, self.code, self.age, self.drift, self.start)
+
+    def _in_memory(self, slides: Tensor) -> AbstractContextManager[Rows]:
+        """The row tables of ``slides`` where kernels can read and write them."""
+        own = self._own_rows()
+        return nullcontext(own) if self._file is None else self._file.lease(slides, own, self.length)
+
+
+def _row_numbers(start: Tensor, slides: Tensor, tiles: Tensor) -> Tensor:
+    """start + tile, or -1 where an id is negative; broadcasts."""
+    if start.shape[0] == 0:
+        return torch.full_like(tiles, -1)
+    return torch.where((slides >= 0) & (tiles >= 0), start[slides.clamp(min=0)] + tiles, -1)

@@ -39,8 +39,14 @@ _TABLE_DTYPES = {
 
 def table_bytes(rows: int, dim: int, dtype: torch.dtype, slides: int, codewords: int) -> int:
     """Bytes of all tables of a bank: rows with scale, code, age and drift; sums and counts of slides."""
-    row = padded_dim(dim, dtype) * dtype.itemsize + 4 * has_scale(dtype) + 2 + 4 + 4
-    return rows * row + slides * (16 + codewords * (dim + 1) * 8) + codewords * dim * 4
+    small = rows * (4 * has_scale(dtype) + 2 + 4 + 4)
+    sums = slides * (16 + codewords * (dim + 1) * 8) + codewords * dim * 4
+    return payload_bytes(rows, dim, dtype) + small + sums
+
+
+def payload_bytes(rows: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the stored rows alone."""
+    return rows * padded_dim(dim, dtype) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -76,24 +82,37 @@ def check_fits(
     device: torch.device,
     *,
     holds: int = 0,
+    tier: str = "device",
 ) -> None:
     """Refuse an allocation larger than the free memory, before it is tried.
 
     Args:
         holds: bytes of these tables that are there already and given back afterwards.
+        tier: where the payload lies: with "host" it counts against the host's memory, with "file" not here.
 
     Raises:
         ValueError: with the numbers, and what to change.
     """
-    need, free = table_bytes(rows, dim, dtype, slides, codewords) - holds, free_bytes(device)
-    if free is None or need <= free:
-        return
-    name = str(dtype).removeprefix("torch.")
-    raise ValueError(
-        f"MemoryBank: {rows:,} rows x {dim} {name}, with sums of {slides:,} slides x {codewords} words, "
-        f"needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB free on {device}. Use a smaller row format "
-        f"(dtype='int8'), fewer slides or codewords, or another device"
-    )
+    need = table_bytes(rows, dim, dtype, slides, codewords)
+    payload = payload_bytes(rows, dim, dtype)
+    if device.type == "cpu" and tier == "host":
+        tier = "device"
+    if tier == "device":
+        needs = [(need - holds, device)]
+    else:
+        needs = [(need - payload - holds, device)]
+        if tier == "host":
+            needs.append((payload, torch.device("cpu")))
+    for size, where in needs:
+        free = free_bytes(where)
+        if free is None or size <= free:
+            continue
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"MemoryBank: {rows:,} rows x {dim} {name}, with sums of {slides:,} slides x {codewords} words, "
+            f"needs {size / 1e9:.1f} GB; {free / 1e9:.1f} GB free on {where}. Use a smaller row format "
+            f"(dtype='int8'), fewer slides or codewords, another device, or another tier ('host', 'file')"
+        )
 
 
 def check_slides(length: Tensor, slides: Tensor) -> None:

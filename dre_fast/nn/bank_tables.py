@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dre_fast.nn import bank_checks as checks
+from dre_fast.nn.bank_file import FileRows
+from dre_fast.nn.bank_tiers import Placement, choose_tier
 from dre_fast.ops import bank as ops
 from dre_fast.ops.encode import assign_stored
 from dre_fast.reference.fixed_point import accumulate_
-from dre_fast.reference.quantize import has_scale, padded_dim, quantize, row_dtype
+from dre_fast.reference.quantize import has_scale, quantize, row_dtype
 
 _CHUNK = 2048  # rows worked on at a time when the whole bank is gone through: they stay in the cache
 
@@ -39,6 +42,10 @@ class BankTables(nn.Module):
         codebook: Tensor | None = None,
         dtype: str | torch.dtype = "int8",
         device: torch.device | str | None = None,
+        tier: str = "device",
+        folder: str | os.PathLike[str] | None = None,
+        cache: int | str | None = None,
+        budget: int | str | None = None,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -48,9 +55,12 @@ class BankTables(nn.Module):
         lengths = _lengths(tiles_per_slide)
         known = torch.zeros(0, dim) if codebook is None else checks.check_codebook(codebook, dim)
         rows, slides, k = int(lengths.sum()), lengths.shape[0], known.shape[0]
-        checks.check_fits(rows, dim, row, slides, k, place)
+        if tier == "auto":
+            tier = choose_tier(rows, dim, row, slides, k, place, budget, folder)
+        self._placement = Placement(tier, dim, row, place, folder, cache)
+        checks.check_fits(rows, dim, row, slides, k, place, tier=tier)
 
-        tables = _blank_rows(rows, dim, row, place)
+        tables = {"payload": self._placement.blank(rows), **_blank_rows(rows, row, place)}
         tables["start"] = (lengths.cumsum(0) - lengths).to(place)
         tables["length"] = lengths.to(place)
         tables["slide_sums"] = torch.zeros(slides, k, dim, dtype=torch.int64, device=place)
@@ -77,15 +87,25 @@ class BankTables(nn.Module):
         return self.payload.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where kernels run and the small tables lie; the payload too, unless it lies in a file."""
+        return self.start.device
+
+    @property
+    def tier(self) -> str:
+        """Where the payload lies: "device", "host" or "file"."""
+        return self._placement.tier
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all tables."""
+        """Bytes of all tables, wherever they lie."""
         return sum(getattr(self, name).nbytes for name in checks.TABLES)
 
     def extra_repr(self) -> str:
         return (
             f"slides={self.num_slides}, rows={self.payload.shape[0]}, dim={self.dim}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, codewords={self.codebook.shape[0]}, "
-            f"{self.nbytes / 1e6:,.1f} MB"
+            f"{self.nbytes / 1e6:,.1f} MB{'' if self.tier == 'device' else f', tier={self.tier}'}"
         )
 
     # ------------------------------------------------------------------ codebook and sums
@@ -107,7 +127,7 @@ class BankTables(nn.Module):
             self._check_fits(self.payload.shape[0], self.num_slides, k, holds=holds)
             self.slide_sums = self.slide_sums.new_zeros(self.num_slides, k, self.dim)
             self.slide_counts = self.slide_counts.new_zeros(self.num_slides, k)
-            self.codebook = codebook.to(self.payload.device, copy=True)
+            self.codebook = codebook.to(self.device, copy=True)
         else:
             self.codebook.copy_(codebook)
         self._sum_up(recode=True)
@@ -119,15 +139,18 @@ class BankTables(nn.Module):
 
     def _sum_up(self, recode: bool) -> None:
         """Sums and counts from the stored rows, after giving every row its code again where ``recode``."""
+        if self._file is not None:
+            self._file.ring.clear()  # its slabs have copies of the codes
         self.slide_sums.zero_()
         self.slide_counts.zero_()
         if self.codebook.shape[0] == 0:
             return
         for slide, rows in self._row_chunks(_CHUNK):
-            stored = ops.read(self.payload, self.scale, rows, self.dim)
+            payload, scale, index = self._stored(rows)
+            stored = ops.read(payload, scale, index, self.dim)
             if recode:
-                scale = self.scale if has_scale(self.dtype) else None
-                self.code[rows] = assign_stored(self.payload, scale, rows, self.codebook)
+                row_scale = scale if has_scale(self.dtype) else None
+                self.code[rows] = assign_stored(payload, row_scale, index, self.codebook)
             accumulate_(self.slide_sums, self.slide_counts, slide, self.code[rows], stored)
 
     # ------------------------------------------------------------------ slides come and go
@@ -165,7 +188,8 @@ class BankTables(nn.Module):
         s, k, new_rows = self.num_slides, self.codebook.shape[0], rows - self.payload.shape[0]
         self._check_fits(rows, s + len(lengths), k)  # the old tables stay until the new ones are filled
         if new_rows:
-            for name, blank in _blank_rows(new_rows, self.dim, self.dtype, self.payload.device).items():
+            self.payload = self._placement.grow(self.payload, rows)
+            for name, blank in _blank_rows(new_rows, self.dtype, self.device).items():
                 setattr(self, name, torch.cat([getattr(self, name), blank]))
         more = {"start": starts, "length": lengths}
         for name, values in more.items():
@@ -184,6 +208,8 @@ class BankTables(nn.Module):
             ValueError: no such slide.
         """
         slab = self._slab(slide)
+        if self._file is not None:
+            self._file.ring.forget(slide)
         for name, value in _BLANK.items():
             table = getattr(self, name)
             if table.shape[0]:
@@ -203,14 +229,54 @@ class BankTables(nn.Module):
         edges_to = [*first.tolist(), self.payload.shape[0]]
         return [[a, z - a] for a, z in zip(edges_from, edges_to) if z > a], self.payload.shape[0]
 
+    # ------------------------------------------------------------------ rows in a file
+
+    def prefetch(self, slides: Tensor | Sequence[int]) -> int:
+        """With rows in a file: begin to read the slides that are needed next, and return at once.
+
+        Call it with all slides of the coming steps, in their order; those that an earlier call named and this one
+        does not may leave memory again. Slides in use are never overwritten: when there is no room for more, the
+        rest is left for the next call. Other tiers have nothing to do.
+
+        Returns:
+            How many of them, from the front, are in memory or on their way.
+
+        Raises:
+            ValueError: an unknown slide (named).
+            OSError: rows that left memory could not be written to the file; names the slide, its rows are kept.
+        """
+        ids = self._slide_ids(torch.as_tensor(slides))
+        if self._file is None:
+            return ids.shape[0]
+        return self._file.prefetch(ids, self.start, self.length)
+
+    def cache_statistics(self) -> dict[str, float]:
+        """With rows in a file: how well reading ahead works, counted since the start. {} in other tiers.
+
+        ``hits`` slides were in memory when they were needed, ``late`` ones were still being read, ``misses`` had not
+        been asked for; ``refused`` prefetches found no room, ``dropped`` slides were read ahead in vain, ``evicted``
+        ones made room for others. ``reads`` and ``bytes_read`` from the file, ``writes`` and ``bytes_written`` to it,
+        ``busy_seconds`` of all threads copying, ``wait_seconds`` of calls that waited. ``slides_in_memory``,
+        ``rows_in_memory`` of ``rows_cached`` at most, of ``row_bytes`` each.
+        """
+        return {} if self._file is None else self._file.statistics()
+
+    def close(self) -> None:
+        """With rows in a file: stop the threads that read and write it. The bank cannot be used afterwards."""
+        self._placement.close()
+
     # ------------------------------------------------------------------ state dicts and devices
 
     @torch.no_grad()
     def _adopt(self, tables: Mapping[str, Tensor]) -> None:
         """Take over checked tables of any size, converting the rows when their format differs."""
-        rows, k, device = tables["payload"].shape[0], tables["codebook"].shape[0], self.payload.device
+        rows, k, device = tables["payload"].shape[0], tables["codebook"].shape[0], self.device
         self._check_fits(rows, tables["start"].shape[0], k, holds=self.nbytes)
         convert = tables["payload"].dtype != self.dtype
+        if convert or tables["payload"].shape != self.payload.shape:
+            self.payload = self._placement.blank(rows)
+        elif self._file is not None:
+            self._file.ring.clear()
         for name in checks.TABLES:
             mine, theirs = getattr(self, name), tables[name]
             if convert and name in ("payload", "scale"):
@@ -221,15 +287,20 @@ class BankTables(nn.Module):
                 setattr(self, name, theirs.to(device, copy=True))
         if not convert:
             return
-        blank = _blank_rows(rows, self.dim, self.dtype, device)
-        self.payload, self.scale = blank["payload"], blank["scale"]
+        self.scale = _blank_rows(rows, self.dtype, device)["scale"]
         for _, number in self._row_chunks(_CHUNK):
             there = number.to(tables["payload"].device)
             stored = ops.read(tables["payload"], tables["scale"], there, self.dim).to(device)
-            self.payload[number, : self.dim], scale = quantize(stored, self.dtype)
+            values, scale = quantize(stored, self.dtype)
+            self.payload[number.to(self.payload.device), : self.dim] = values.to(self.payload.device)
             if has_scale(self.dtype):
                 self.scale[number] = scale
         self._sum_up(recode=True)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._file is not None:
+            self._file.ring.flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -266,16 +337,46 @@ class BankTables(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankTables:
         # model.half() and the like must not change what the tables mean: only the device follows
+        if self._file is not None and fn(self.start).device != self.device:
+            raise RuntimeError(
+                "MemoryBank: rows in a file stay with the device they were made for; make the bank there (device=...)"
+            )
         for name, table in self._buffers.items():
-            if table is not None:
+            if table is not None and not (name == "payload" and self._file is not None):
                 moved = fn(table)
                 self._buffers[name] = moved if moved.dtype == table.dtype else table.to(moved.device)
+        self._placement.device = self.device
         return self
 
     # ------------------------------------------------------------------ helpers
 
+    @property
+    def _file(self) -> FileRows | None:
+        return self._placement.file
+
     def _check_fits(self, rows: int, slides: int, codewords: int, holds: int = 0) -> None:
-        checks.check_fits(rows, self.dim, self.dtype, slides, codewords, self.payload.device, holds=holds)
+        checks.check_fits(
+            rows, self.dim, self.dtype, slides, codewords, self.device, holds=holds, tier=self.tier
+        )
+
+    def _stored(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Payload, scales and numbers of the rows ``rows`` on the bank's device, where they lie if they lie there."""
+        if self.payload.device == self.device:
+            return self.payload, self.scale, rows
+        payload = self.payload[rows.cpu()].to(self.device)
+        scale = self.scale[rows] if has_scale(self.dtype) else self.scale
+        return payload, scale, torch.arange(rows.shape[0], device=self.device)
+
+    def _slide_ids(self, slides: Tensor) -> Tensor:
+        slides = torch.as_tensor(slides, device=self.device)
+        if slides.ndim != 1 or slides.is_floating_point():
+            raise ValueError(
+                f"MemoryBank: slides must be integers [B], got {slides.dtype} {list(slides.shape)}"
+            )
+        slides = slides.to(torch.int64)
+        if not torch.compiler.is_compiling():
+            checks.check_slides(self.length, slides)
+        return slides
 
     def _known(self, slide: int) -> int:
         checks.check_slides(self.length, torch.tensor([slide], device=self.length.device))
@@ -287,6 +388,8 @@ class BankTables(nn.Module):
 
     def _row_chunks(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(slide [c], row number [c]) of the written rows in slide order, from ``chunk`` rows at a time."""
+        if self._file is not None:
+            self._file.ring.flush()
         ends = self.length.cumsum(0)
         total = int(ends[-1]) if self.num_slides else 0
         for first in range(0, total, chunk):
@@ -301,9 +404,9 @@ class BankTables(nn.Module):
 _BLANK: dict[str, float] = {"payload": 0, "scale": 0, "code": -1, "age": -1, "drift": 0}
 
 
-def _blank_rows(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _blank_rows(rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The small tables of rows never written."""
     return {
-        "payload": torch.zeros(rows, padded_dim(dim, dtype), dtype=dtype, device=device),
         "scale": torch.zeros(rows if has_scale(dtype) else 0, device=device),
         "code": torch.full((rows,), -1, dtype=torch.int16, device=device),
         "age": torch.full((rows,), -1, dtype=torch.int32, device=device),

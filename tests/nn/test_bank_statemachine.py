@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ class BankMachine(RuleBasedStateMachine):
     """Model: {slide: {tile: (row, age, drift)}} and the codebook; codes and sums follow from it."""
 
     slides = Bundle("slides")
+    placement: ClassVar[dict[str, Any]] = {}
 
     @initialize(dtype=st.sampled_from(list(DTYPES)), words=st.integers(0, 4), seed=st.integers(0, 999))
     def start(self, dtype: str, words: int, seed: int) -> None:
@@ -65,7 +67,7 @@ class BankMachine(RuleBasedStateMachine):
         self.rows: dict[int, dict[int, tuple[Array, int, float]]] = {}
         self.codebook = self.draw(words, D) * np.float32(0.4)
         codebook = torch.tensor(self.codebook) if words else None
-        self.bank = MemoryBank([], D, codebook=codebook, dtype=dtype)
+        self.bank = MemoryBank([], D, codebook=codebook, dtype=dtype, **self.placement)
         self.given = 0
 
     def draw(self, *shape: int) -> Array:
@@ -133,12 +135,12 @@ class BankMachine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bank.safetensors"
             self.bank.save(path)
-            self.bank = MemoryBank.load(path, dtype=dtype)
+            self.bank = MemoryBank.load(path, dtype=dtype, **self.placement)
         self.converted(dtype)
 
     @rule(dtype=st.one_of(st.none(), st.sampled_from(list(DTYPES))), n=st.integers(1, 5))
     def state_dict(self, dtype: str | None, n: int) -> None:
-        other = MemoryBank([n], D, dtype=dtype or self.dtype)
+        other = MemoryBank([n], D, dtype=dtype or self.dtype, **self.placement)
         other.load_state_dict(self.bank.state_dict())
         self.bank = other
         self.converted(dtype)
@@ -207,7 +209,28 @@ class ReferenceMachine(BankMachine):
         ops.backend = self.chosen
 
 
+class FileMachine(BankMachine):
+    """The same with rows in a file: a cache of few slides, so that they come and go all the time."""
+
+    placement: ClassVar[dict[str, Any]] = {"tier": "file", "folder": tempfile.gettempdir(), "cache": 96 * 32}
+
+    @rule(chosen=st.lists(BankMachine.slides, max_size=20))
+    def prefetch(self, chosen: list[int]) -> None:
+        assert 0 <= self.bank.prefetch(torch.tensor(chosen, dtype=torch.int64)) <= len(chosen)
+
+    @invariant()
+    def the_cache_keeps_its_size(self) -> None:
+        found = self.bank.cache_statistics()
+        assert found["rows_in_memory"] <= found["rows_cached"]
+
+    def teardown(self) -> None:
+        if hasattr(self, "bank"):
+            self.bank.close()
+
+
 TestBank = BankMachine.TestCase
 TestBank.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestReferenceBank = ReferenceMachine.TestCase
 TestReferenceBank.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
+TestBankInAFile = FileMachine.TestCase
+TestBankInAFile.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)

@@ -1,0 +1,149 @@
+"""Where the payload of a memory bank lies: on the device, in pinned host memory, or in a file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dre_fast.nn import bank_checks as checks
+from dre_fast.nn.bank_file import FileRows
+from dre_fast.nn.pinned import PinnedView
+from dre_fast.reference.quantize import padded_dim
+
+TIERS = ("device", "host", "file")
+_CACHE = (64 << 20, 4 << 30)  # bytes: least and most for the slabs of a bank in a file, unless told otherwise
+
+
+class Placement:
+    """Makes and grows the payload of one bank in its tier.
+
+    Args:
+        tier: one of :data:`TIERS`. On the CPU "host" and "device" are one.
+        dim, dtype: of a row.
+        device: of the other tables and the kernels.
+        folder: tier "file": where the file lies.
+        cache: tier "file": bytes of memory for slabs.
+
+    Raises:
+        ValueError: an unknown tier, or a folder missing, or one given where there is no file.
+    """
+
+    def __init__(
+        self,
+        tier: str,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        folder: str | os.PathLike[str] | None,
+        cache: int | str | None,
+    ) -> None:
+        if tier not in TIERS:
+            raise ValueError(f"MemoryBank: tier must be one of {', '.join((*TIERS, 'auto'))}, got {tier!r}")
+        if tier == "file" and folder is None:
+            raise ValueError("MemoryBank: tier='file' needs folder=, where the rows lie")
+        self.tier, self.dim, self.dtype, self.device = tier, dim, dtype, device
+        self.folder = None if folder is None else Path(folder)
+        self.cache = None if cache is None else to_bytes(cache)
+        self.file: FileRows | None = None
+        self._pinned: PinnedView | None = None
+
+    def blank(self, rows: int) -> Tensor:
+        """A payload of zeros, [rows, Dp], in place of any made before.
+
+        Raises:
+            ValueError: tier "file": less room in the folder than needed, with the numbers.
+            OSError: tier "file": no such folder, no permission.
+        """
+        width = padded_dim(self.dim, self.dtype)
+        size = rows * width * self.dtype.itemsize
+        if self.folder is not None and self.tier == "file":
+            self._check_disk(size, rows)
+            cache = min(max(size, _CACHE[0]), _CACHE[1]) if self.cache is None else self.cache
+            made = FileRows(self.folder, rows, self.dim, self.dtype, cache, self.device)
+            self.close()
+            self.file = made
+            return made.payload()
+        if self.tier == "host" and self.device.type == "cuda" and size:
+            memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            self._pinned = PinnedView(memory, self.device)
+            return self._pinned.tensor.view(self.dtype).view(rows, width)
+        return torch.zeros(rows, width, dtype=self.dtype, device=self.device)
+
+    def grow(self, payload: Tensor, rows: int) -> Tensor:
+        """The same rows and zeros after them, [rows, Dp]. Raises as :meth:`blank`."""
+        if self.file is not None:
+            more = rows - payload.shape[0]
+            self._check_disk(more * payload.shape[1] * self.dtype.itemsize, more)
+            return self.file.resize(rows)
+        before = self._pinned  # kept until its rows are copied
+        grown = self.blank(rows)
+        grown[: payload.shape[0]] = payload
+        if before is not None:
+            before.close()
+        return grown
+
+    def close(self) -> None:
+        """Stop the threads of a bank in a file."""
+        if self.file is not None:
+            self.file.close()
+
+    def _check_disk(self, size: int, rows: int) -> None:
+        assert self.folder is not None
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            name = str(self.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"MemoryBank: {rows:,} rows x {self.dim} {name} need {size / 1e9:.1f} GB; {free / 1e9:.1f} GB free in "
+                f"{self.folder}. Use a smaller row format (dtype='int8') or another folder"
+            )
+
+
+def choose_tier(
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    slides: int,
+    codewords: int,
+    device: torch.device,
+    budget: int | str | None,
+    folder: str | os.PathLike[str] | None,
+) -> str:
+    """The first tier in which a bank fits: ``budget`` bytes of the device (default: what is free), host memory, file."""
+    free = checks.free_bytes(device)
+    limit = free if budget is None else to_bytes(budget)
+    if limit is None or checks.table_bytes(rows, dim, dtype, slides, codewords) <= limit:
+        return "device"
+    host = checks.free_bytes(torch.device("cpu"))
+    if device.type == "cuda" and (host is None or checks.payload_bytes(rows, dim, dtype) <= host):
+        return "host"
+    if folder is None:
+        raise ValueError(
+            f"MemoryBank: {checks.table_bytes(rows, dim, dtype, slides, codewords) / 1e9:.1f} GB fit neither into the "
+            f"budget of {0 if limit is None else limit / 1e9:.1f} GB on {device} nor into host memory: give folder=, "
+            "for rows in a file"
+        )
+    return "file"
+
+
+def to_bytes(size: int | str) -> int:
+    """Bytes of 1000, "500 MB", "8GB" or "1.5 TB" (powers of 1000).
+
+    Raises:
+        ValueError: anything else, or a size that is not positive.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)B?\s*", str(size))
+    try:
+        value = (
+            int(float(found[1]) * 1000 ** " kMGT".index(found[2].replace("K", "k") or " ")) if found else 0
+        )
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ValueError(f"a size in bytes such as 8000000, '500 MB' or '8GB', got {size!r}")
+    return value
