@@ -105,8 +105,7 @@ class SlabRing:
         try:
             with self._lock:
                 self._reap()
-                for slide, start, rows in slides:
-                    held.append(self._hold(slide, start, rows, slides))
+                held = self._hold_all(slides)
             for slab in held:
                 self._wait(slab)
             yield held
@@ -118,25 +117,50 @@ class SlabRing:
                     if mark is not None:
                         slab.events.append(mark)
 
-    def _hold(self, slide: int, start: int, rows: int, together: Sequence[Place]) -> Slab:
-        slab = self.slabs.get(slide)
-        if slab is not None and not self._sound(slab):  # read ahead in vain: try again
-            del self.slabs[slide]
-            slab = None
-        if slab is None:
-            self._counts["misses"] += 1
-            slab = self._take(slide, start, rows, urgent=True)
-        else:
-            self._counts["hits" if self.file.done(slab.read) else "late"] += 1
-        if slab is None:
-            need = sum(n for _, _, n in together)
+    def _hold_all(self, slides: Sequence[Place]) -> list[Slab]:
+        before = dict(self._counts)
+        held = self._hold_some(slides)
+        if len(held) < len(slides):  # the slabs kept leave gaps too small: start over with nothing in the way
+            for slab in held:
+                slab.leases -= 1
+            for slab in list(self.slabs.values()):
+                if not slab.leases:
+                    self._finish(slab)
+                    self._evict(slab)
+            self._head = 0
+            evicted = self._counts["evicted"]
+            self._counts.update(before, evicted=evicted)
+            held = self._hold_some(slides)
+        if len(held) < len(slides):
+            for slab in held:
+                slab.leases -= 1
+            slide, _, rows = slides[len(held)]
             raise ValueError(
-                f"MemoryBank: slide {slide} ({rows:,} tiles) finds no room: the {len(together)} slides of this call have "
-                f"{need:,} rows, the cache in memory holds {self.rows:,}. Make the cache larger or the batch smaller"
+                f"MemoryBank: slide {slide} ({rows:,} tiles) finds no room: the {len(slides)} slides of this call have "
+                f"{sum(n for _, _, n in slides):,} rows, the cache in memory holds {self.rows:,}. Make the cache larger "
+                "or the batch smaller"
             )
-        slab.leases += 1
-        slab.wanted = False
-        return slab
+        return held
+
+    def _hold_some(self, slides: Sequence[Place]) -> list[Slab]:
+        """Leases, from the front, on as many slides as find room."""
+        held = []
+        for slide, start, rows in slides:
+            slab = self.slabs.get(slide)
+            if slab is not None and not self._sound(slab):  # read ahead in vain: try again
+                del self.slabs[slide]
+                slab = None
+            if slab is None:
+                slab = self._take(slide, start, rows, urgent=True)
+                self._counts["misses"] += 1
+            else:
+                self._counts["hits" if self.file.done(slab.read) else "late"] += 1
+            if slab is None:
+                break
+            slab.leases += 1
+            slab.wanted = False
+            held.append(slab)
+        return held
 
     def _wait(self, slab: Slab) -> None:
         try:

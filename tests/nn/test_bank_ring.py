@@ -149,6 +149,18 @@ def test_slides_that_do_not_fit_together_are_refused_and_nothing_stays_leased(gi
     given.use(5, 6, 7, 8)
 
 
+def test_gaps_too_small_for_a_slide_are_closed(given: Setup) -> None:
+    given.use(0, 1)  # rows 0 .. 19
+    given.ring.prefetch(given.places(3))  # 20 .. 29
+    with given.lease(3):
+        pass
+    with given.ring.lease(
+        [(3, 30, 10), (19, 0, 30)], lambda: None
+    ) as slabs:  # 15 rows before, 15 after slide 3
+        assert sorted((slab.first, slab.end) for slab in slabs) == [(0, 10), (10, 40)]
+    assert given.resident() == {3, 19}
+
+
 def test_written_rows_reach_the_file_when_their_place_is_needed(given: Setup) -> None:
     with given.lease(2) as (slab,):
         given.memory[slab.first + 3] = 255
