@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
 
+_AHEAD = 2  # batches whose slides are on their way from the bank's file while one is in work
+
 
 @dataclass
 class Batch:
@@ -123,4 +125,6 @@ def epoch_batches(
         if isinstance(images, ValueError):
             raise images
         rows = slice(i * batch_size, i * batch_size + len(images))
+        if bank.tier == "file":
+            bank.prefetch(order[rows.start : rows.stop + _AHEAD * batch_size])
         yield Batch(order[rows], tiles[rows], images)

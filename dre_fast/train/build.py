@@ -118,16 +118,31 @@ def load_reports(path: str | Path | None) -> Reports | None:
 
 
 def build_model(
-    config: Config, bank_tiles: Sequence[int], report_dim: int | None, task_sizes: dict[str, int]
+    config: Config,
+    bank_tiles: Sequence[int],
+    report_dim: int | None,
+    task_sizes: dict[str, int],
+    device: torch.device,
 ) -> DRESLCL:
-    """The model of a config. ``bank_tiles``: tiles per training slide, empty for inference."""
+    """The model of a config on a device. ``bank_tiles``: tiles per training slide, empty for inference."""
     encoder = build_tile_encoder(config.model.encoder, **config.model.encoder_args)
     if config.model.encoder_weights:
         load_encoder_weights(encoder, config.model.encoder_weights)
     memory, dim = config.memory, encoder.dim
+    # made where it stays: a bank may be larger than the memory of the host
+    bank = MemoryBank(
+        list(bank_tiles),
+        dim,
+        dtype=memory.dtype,
+        device=device,
+        tier=memory.tier if bank_tiles else "device",
+        folder=memory.folder,
+        cache=memory.cache,
+        budget=memory.budget,
+    )
     return DRESLCL(
         encoder,
-        MemoryBank(list(bank_tiles), dim, dtype=memory.dtype),
+        bank,
         SlideEncoder(
             dim,
             config.model.codewords,
@@ -141,7 +156,7 @@ def build_model(
         memory=memory.retrieved if memory.mode == "sampled" else memory.mode,
         grad_scale=memory.grad_scale,
         normalize=config.model.normalize,
-    )
+    ).to(device)
 
 
 def load_encoder_weights(encoder: TileEncoder, path: str | Path) -> None:

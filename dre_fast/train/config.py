@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dre_fast.data.files import write_text_atomic
+from dre_fast.nn.bank_tiers import to_bytes
 
 # Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
 FREE_ON_RESUME = frozenset(
@@ -87,6 +88,12 @@ class MemoryConfig:
     grad_scale: str | float = "none"  # none | unbiased | a number
     refit_every: int = 1  # epochs between warm-started codebook fits; 0: fit once
     kmeans_iterations: int = 10
+    tier: str = (
+        "device"  # device | host (pinned memory) | file (rows on disk) | auto: where the bank's rows lie
+    )
+    folder: str | None = None  # tier file: a folder on a fast disk with room for the rows
+    cache: int | str | None = None  # tier file: memory for the slides of the coming steps, e.g. 8GB
+    budget: int | str | None = None  # tier auto: device memory the bank may take (null: what is free)
 
 
 @dataclass
@@ -140,6 +147,8 @@ class Config:
         data.cohort, data.tiles = os.path.abspath(data.cohort), os.path.abspath(data.tiles)
         data.reports = data.reports and os.path.abspath(data.reports)
         data.cache = data.cache and os.path.abspath(data.cache)
+        memory = changed.memory
+        memory.folder = memory.folder and os.path.abspath(memory.folder)
         model.encoder_weights = model.encoder_weights and os.path.abspath(model.encoder_weights)
         return changed
 
@@ -150,6 +159,17 @@ class Config:
             ConfigError: names the key.
         """
         _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none"))
+        _one_of("memory.tier", self.memory.tier, ("device", "host", "file", "auto"))
+        if self.memory.tier == "file" and self.memory.folder is None:
+            raise ConfigError(
+                "memory.tier=file needs memory.folder: a folder on a fast disk, for the bank's rows"
+            )
+        for name in ("cache", "budget"):
+            size = getattr(self.memory, name)
+            try:
+                _ = size is None or to_bytes(size)
+            except ValueError as error:
+                raise ConfigError(f"memory.{name}: {error}") from None
         _one_of("loss.contrastive", self.loss.contrastive, ("infonce", "siglip", None))
         _one_of("loss.negatives", self.loss.negatives, ("batch", "all"))
         _one_of("optim.amp", self.optim.amp, ("none", "bf16", "fp16"))

@@ -158,11 +158,13 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
         Task(name, spec["kind"], tuple(spec["classes"]), tuple(spec["columns"]))
         for name, spec in card["tasks"].items()
     ]
-    model = build_model(config, [], card["report_dim"], {task.name: task.outputs for task in tasks})
+    model = build_model(
+        config, [], card["report_dim"], {task.name: task.outputs for task in tasks}, torch.device(device)
+    )
     codebook = state.pop("bank.codebook")
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.startswith("bank.")]
     if missing or unexpected:
         raise ValueError(f"{file}: weights do not fit the config: missing {missing}, unexpected {unexpected}")
     model.bank.set_codebook(codebook)
-    return LoadedRun(model.to(device).eval(), config, tasks)
+    return LoadedRun(model.eval(), config, tasks)

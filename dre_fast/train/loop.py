@@ -111,7 +111,8 @@ class Trainer:
             self.train.tiles,
             reports.matrix.shape[1] if reports else None,
             {task.name: task.outputs for task in self.tasks},
-        ).to(self.device)
+            self.device,
+        )
         self.loss = SlideReportLoss(
             kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives
         )
@@ -217,6 +218,9 @@ class Trainer:
         ]
         if not (self._encoder_moves(epoch) or self.config.optim.freeze_encoder):
             shown.append("encoder held still (optim.head_warmup_epochs)")
+        if cache := self.model.bank.cache_statistics():
+            used = cache["hits"] + cache["late"] + cache["misses"]
+            shown.append(f"bank: {cache['hits'] / max(used, 1):.0%} of slides in memory when needed")
         print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
         self._checkpoint()
 

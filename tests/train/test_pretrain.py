@@ -32,7 +32,7 @@ def test_saved_weights_start_a_model_and_foreign_ones_are_refused(tiny_cohort, t
     encoder = build_tile_encoder("conv-tiny", dim=8)
     save_encoder(encoder, file)
     config = tiny_config(tiny_cohort, "model.encoder_args={dim: 8}", f"model.encoder_weights={file}")
-    model = build_model(config, [3], None, {})
+    model = build_model(config, [3], None, {}, torch.device("cpu"))
     for a, b in zip(encoder.parameters(), model.tile_encoder.parameters()):
         assert a.equal(b)
     with pytest.raises(ValueError, match=r"encoder\.safetensors"):

@@ -1,0 +1,64 @@
+"""Where the bank's rows lie does not show in a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from train_cohort import tiny_config
+
+from dre_fast.ops import native
+from dre_fast.train.config import ConfigError
+from dre_fast.train.loop import Trainer
+from dre_fast.train.state import read_metrics
+
+
+def log(out: Path) -> list[str]:
+    clocks = {"seconds", "tiles_per_second"}
+    rows = read_metrics(out / "metrics.jsonl")
+    return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
+
+
+@pytest.mark.skipif(bool(native.why_not("host")), reason="needs the compiled host part")
+@pytest.mark.parametrize("mode", ["full", "sampled"])
+def test_rows_in_a_file_give_the_same_run_also_when_resumed(
+    tiny_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    common = (f"memory.mode={mode}", "memory.retrieved=6")
+    # 25 tiles a slide of 208 bytes (48 values, padded): two slides at a time
+    there = ("memory.tier=file", f"memory.folder={tmp_path}", "memory.cache=6kB")
+    Trainer(tiny_config(tiny_cohort, *common), tmp_path / "memory").fit()
+    capsys.readouterr()
+    Trainer(tiny_config(tiny_cohort, *common, *there), tmp_path / "file").fit()
+    assert "of slides in memory when needed" in capsys.readouterr().err
+    assert log(tmp_path / "file") == log(tmp_path / "memory")
+
+    short = tiny_config(tiny_cohort, *common, *there)
+    stopped = Trainer(short, tmp_path / "stopped")
+    record = stopped._record
+
+    def stop_in_the_second_epoch(kind: str, **fields: object) -> None:
+        record(kind, **fields)
+        if kind == "step" and fields["step"] == 4:
+            raise KeyboardInterrupt
+
+    stopped._record = stop_in_the_second_epoch  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    Trainer(short, tmp_path / "stopped", resume=True).fit()
+    assert log(tmp_path / "stopped") == log(tmp_path / "memory")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory.tier=ram", r"memory\.tier"),
+        ("memory.tier=file", r"memory\.tier=file needs memory\.folder"),
+        ("memory.cache=lots", r"memory\.cache: a size in bytes"),
+        ("memory.budget=-3", r"memory\.budget: a size in bytes"),
+    ],
+)
+def test_bad_settings_are_named(tiny_cohort: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tiny_cohort, override).validate()
