@@ -13,7 +13,7 @@ from torch import Tensor
 from dre_fast.nn import bank_checks as checks
 from dre_fast.nn import bank_io
 from dre_fast.nn.bank_rows import Rows
-from dre_fast.nn.bank_stats import freshness
+from dre_fast.nn.bank_stats import Freshness, measure
 from dre_fast.nn.bank_tables import BankTables
 from dre_fast.nn.bank_tiers import choose_tier
 from dre_fast.ops import bank as ops
@@ -52,8 +52,8 @@ class MemoryBank(BankTables):
     Methods of one slide (``sums``, ``counts``, ``codes``, ``ages``, ``drifts``, ``written``, ``remove_slide``) raise
     ValueError for an id that no slide has.
 
-    Checks read a flag back from the device once a call; inside ``torch.compile`` they are left out, because
-    they depend on the data, and the caller answers for ids and finite features.
+    Checks read a flag back from the device once a call; inside ``torch.compile`` and while a CUDA graph is captured
+    they are left out, because they depend on the data, and the caller answers for ids and finite features.
 
     With DistributedDataParallel use ``broadcast_buffers=False``: every rank holds the slides it trains on.
 
@@ -104,7 +104,7 @@ class MemoryBank(BankTables):
                 f"got {list(features.shape)}"
             )
         features = features.detach().to(self.device, torch.float32)
-        if not torch.compiler.is_compiling():
+        if checks.can_look():
             if not 0 <= step < 1 << 31:
                 raise ValueError(f"MemoryBank.write: step must lie in 0 .. 2^31 - 1, got {step}")
             checks.check_rows(self.length, slides, tiles, features)
@@ -137,7 +137,7 @@ class MemoryBank(BankTables):
             ValueError: ids outside the bank, naming slide and tile.
         """
         slides, tiles = self._rows(slides, tiles)
-        if not torch.compiler.is_compiling():
+        if checks.can_look():
             checks.check_rows(self.length, slides, tiles)
         with self._in_memory(slides) as rows:
             return ops.read(rows.payload, rows.scale, _row_numbers(rows.start, slides, tiles), self.dim)
@@ -196,8 +196,15 @@ class MemoryBank(BankTables):
         return self.age[self._slab(slide)] >= 0
 
     @torch.no_grad()
+    def measure(self, step: int, *, fill_step: int = 0) -> Freshness:
+        """:meth:`statistics`, measured now and read later: does not wait for the device, so it may stand in a step.
+
+        ``bank.measure(step).read()`` is ``bank.statistics(step)``.
+        """
+        return measure(self.age, self.drift, self.start, self.length, step, fill_step)
+
     def statistics(self, step: int, *, fill_step: int = 0) -> dict[str, Any]:
-        """How fresh the bank is, for logs and plots. Reads back from the device: call it between epochs.
+        """How fresh the bank is, for logs and plots. Waits for the device; :meth:`measure` does not.
 
         Args:
             step: the current step; an age here is ``step`` minus the step of the row's last write.
@@ -213,9 +220,10 @@ class MemoryBank(BankTables):
             scale, and what lies beyond either end counts in the end bin.
 
             ``per_slide``: ``rows``, ``never_written``, ``never_refreshed``, ``age_mean``, ``age_max`` (-1
-            without a written row) and ``drift`` {...} as CPU tensors [S], NaN where undefined.
+            without a written row) and ``drift`` {...} as CPU tensors [S], NaN where undefined;
+            ``age_histogram`` and ``drift_histogram`` int64 [S, 32], with the edges above.
         """
-        return freshness(self.age, self.drift, self.start, self.length, step, fill_step=fill_step)
+        return self.measure(step, fill_step=fill_step).read()
 
     # ------------------------------------------------------------------ sampling and encoding
 
@@ -303,7 +311,7 @@ class MemoryBank(BankTables):
             raise ValueError(
                 "MemoryBank.encode: no codebook yet; set one with set_codebook(fit_codebook(bank, K)[0])"
             )
-        if not torch.compiler.is_compiling():
+        if checks.can_look():
             features = live.detach().reshape(b * m, self.dim)
             checks.check_rows(self.length, slides.repeat_interleave(m), tiles.reshape(-1), features)
             checks.check_distinct(slides, tiles)
@@ -466,7 +474,7 @@ class MemoryBank(BankTables):
                 f"got {visit.dtype} {list(visit.shape)}"
             )
         visit = visit.to(torch.int64).expand_as(slides)
-        if not torch.compiler.is_compiling() and bool((visit < 0).any()):
+        if checks.can_look() and bool((visit < 0).any()):
             raise ValueError(f"MemoryBank: cycle (the visit number) counts from 0, got {int(visit.min())}")
         return visit
 

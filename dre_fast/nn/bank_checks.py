@@ -37,6 +37,13 @@ _TABLE_DTYPES = {
 }
 
 
+def can_look() -> bool:
+    """Whether checks may look at values: a graph that is being traced or captured cannot read them back."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def table_bytes(rows: int, dim: int, dtype: torch.dtype, slides: int, codewords: int) -> int:
     """Bytes of all tables of a bank: rows with scale, code, age and drift; sums and counts of slides."""
     small = rows * (4 * has_scale(dtype) + 2 + 4 + 4)

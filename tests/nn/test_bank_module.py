@@ -608,12 +608,19 @@ def test_statistics_against_a_loop() -> None:
         assert mine["age_mean"] == pytest.approx(float((7 - ages[s][seen]).float().mean()))
         assert mine["age_max"] == int((7 - ages[s][seen]).max())
         own = drifts[s][ages[s] > 0]
+        assert int(mine["age_histogram"].sum()) == int(seen.sum())
+        edges = got["drift_histogram"]["edges"]
+        expected_rows = torch.histogram(own.clamp(edges[0], edges[-1]), edges).hist.long()
+        assert torch.equal(mine["drift_histogram"], expected_rows)
         for name, q in (("q50", 0.5), ("q90", 0.9), ("max", 1.0)):
             expected = float(own.quantile(q, interpolation="lower"))
             assert float(got["per_slide"]["drift"][name][s]) == pytest.approx(expected)
     assert got["per_slide"]["age_max"][3] == -1
     assert got["per_slide"]["drift"]["q50"][3].isnan()
     assert got["per_slide"]["never_written"][1].isnan()  # removed
+    later = bank.measure(7)
+    bank.write(0, [0], torch.randn(1, D), step=7)
+    assert later.read()["age_mean"] == got["age_mean"]  # of the moment it was measured
 
 
 def test_statistics_of_an_unwritten_and_an_empty_bank() -> None:
