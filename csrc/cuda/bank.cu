@@ -238,7 +238,8 @@ void bank_write_cuda(const BankWrite& w, const Tensor& payload) {
   const int32_t device = payload.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* raw = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &raw));
+  // the macro for this has another name in torch 2.10
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &raw) == 0, "bank_write: no current CUDA stream");
   const auto stream = static_cast<cudaStream_t>(raw);
 
   int64_t slots = 16;

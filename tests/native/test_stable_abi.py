@@ -51,3 +51,12 @@ def test_only_the_loading_symbols_are_exported(library: Path) -> None:
     ).stdout
     own = [line for line in listed.splitlines() if "dre_fast" in line]
     assert own == []
+
+
+def test_no_macro_that_torch_2_10_lacks() -> None:
+    """The build compiles against the headers that are installed; these came to them after 2.10."""
+    newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)
+    root = Path(__file__).parents[2] / "csrc"
+    for source in [*root.rglob("*.cpp"), *root.rglob("*.cu"), *root.rglob("*.h")]:
+        found = [name for name in newer if name in source.read_text()]
+        assert not found, f"{source.relative_to(root)}: {', '.join(found)}"
