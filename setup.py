@@ -61,6 +61,8 @@ NVCC_FLAGS = [STD, "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 CPU_SOURCES = (
     "bank",
+    "bank_read",
+    "row_kernels",
     "row_kernels_default",
     "encode_rows",
     "encode_assign",
@@ -270,7 +272,8 @@ def cuda_part(chain: Toolchain) -> Part:
     ldflags = ["-Xcompiler=" + f.replace(",", "\\,") for f in chain.ldflags]
     link = [str(nvcc), "-shared", "-ccbin", chain.compiler[-1], *arch_flags(chain.archs), *ldflags]
     libs = [*torch.libs, "-ltorch_cuda"]
-    return Part("_ops_cuda", ["csrc/cuda/bank.cu"], [str(nvcc)], flags, link, libs)
+    sources = ["csrc/cuda/bank.cu", "csrc/cuda/bank_read.cu"]
+    return Part("_ops_cuda", sources, [str(nvcc)], flags, link, libs)
 
 
 def host_part(chain: Toolchain) -> Part:

@@ -7,36 +7,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "row_kernels.h"
 
 namespace dre_fast {
 namespace {
-
-const RowKernels& choose_row_kernels() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // Lowers the level, for tests and for finding faults: a level that the processor lacks is never chosen.
-  const char* asked = std::getenv("DRE_FAST_CPU");
-  const std::string level = asked ? asked : "avx512";
-  if (avx512 && level == "avx512") return row_kernels_avx512;
-  if (avx2 && level != "default") return row_kernels_avx2;
-#endif
-  return row_kernels_default;
-}
-
-const RowKernels& row_kernels() {
-  static const RowKernels& chosen = choose_row_kernels();
-  return chosen;
-}
 
 // Locks over cells (slide, codeword) of the running sums. Integer addition commutes, so the order in which threads
 // get a lock does not show in the result.
@@ -119,7 +97,7 @@ struct PaddedCodebook {
 class Writer {
  public:
   explicit Writer(const BankWrite& w)
-      : w_(w), kernels_(row_kernels()), chosen_(choose_entries(w)), codebook_(w, kernels_) {}
+      : w_(w), kernels_(row_kernels_here()), chosen_(choose_entries(w)), codebook_(w, kernels_) {}
 
   void run() {
     const int64_t n = static_cast<int64_t>(chosen_.entry.size());
@@ -156,7 +134,7 @@ class Writer {
   void write_row(int64_t position, int64_t i, Scratch& s) {
     const int64_t row = chosen_.row[position], slide = w_.rows_slide[chosen_.entry[position]];
     const int64_t ld = padded(w_.dim), bytes = w_.dim * element_bytes(w_.format);
-    char* stored = static_cast<char*>(w_.payload) + row * w_.row_stride * element_bytes(w_.format);
+    char* stored = w_.row(row);
     const float* z = s.z.data() + i * ld;
     const bool written = w_.age[row] >= 0;
     if (written || w_.code[row] >= 0)
@@ -198,7 +176,5 @@ class Writer {
 void bank_write_cpu(const BankWrite& w) {
   if (w.rows > 0) Writer(w).run();
 }
-
-const char* cpu_level() { return row_kernels().name; }
 
 }  // namespace dre_fast

@@ -41,6 +41,10 @@ struct RowKernels {
 
   // s[j] += round(new[j] 2^24) - round(old[j] 2^24).
   void (*swap_fixed)(int64_t* s, const float* old_z, const float* new_z, int64_t dim);
+
+  // V[j] = s[j] 2^-24 - n c[j] in float64, as it is or rounded once, j < dim.
+  void (*residual)(const int64_t* s, const float* c, double n, int64_t dim, double* V);
+  void (*residual_float)(const int64_t* s, const float* c, double n, int64_t dim, float* V);
 };
 
 extern const RowKernels row_kernels_default;

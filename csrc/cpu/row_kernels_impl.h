@@ -230,9 +230,17 @@ void swap_fixed(int64_t* __restrict s, const float* __restrict old_z, const floa
   for (int64_t j = 0; j < dim; ++j) s[j] += to_fixed(new_z[j]) - to_fixed(old_z[j]);
 }
 
+template <typename Out>
+void residual(const int64_t* __restrict s, const float* __restrict c, double n, int64_t dim, Out* __restrict V) {
+  for (int64_t j = 0; j < dim; ++j)
+    V[j] = static_cast<Out>(static_cast<double>(s[j]) * 5.9604644775390625e-8 - n * static_cast<double>(c[j]));
+}
+
 }  // namespace
 
 extern const RowKernels ROW_KERNELS;
-const RowKernels ROW_KERNELS = {ROW_KERNELS_NAME, encode, decode, assign, half_square, drift, add_fixed, swap_fixed};
+const RowKernels ROW_KERNELS = {
+    ROW_KERNELS_NAME, encode,    decode,     assign,           half_square,
+    drift,            add_fixed, swap_fixed, residual<double>, residual<float>};
 
 }  // namespace dre_fast

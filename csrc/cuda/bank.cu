@@ -8,13 +8,12 @@
 // A row belongs to one warp, which reads the old value before it stores the new one.
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cassert>
-#include <string>
 
 #include "../common.h"
+#include "launch.h"
 
 namespace dre_fast {
 namespace {
@@ -24,10 +23,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr unsigned long long kEmpty = ~0ull;
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("bank_write: ") + what + ": " + cudaGetErrorString(status));
-}
+void check(cudaError_t status, const char* what) { check_cuda("bank_write", status, what); }
 
 // Which entry owns each row. `rows` and `owner` are filled with ones beforehand: empty, and -1.
 struct Claims {
@@ -169,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) write_kernel(BankWrite w, Claims 
   if (!mine) return;
 
   const int64_t slide = w.rows_slide[entry], row = w.start[slide] + w.rows_tile[entry];
-  Q* stored = static_cast<Q*>(w.payload) + row * w.row_stride;
+  Q* stored = reinterpret_cast<Q*>(w.payload) + row * w.row_stride;
   const bool written = w.age[row] >= 0;
   const int before = w.code[row];
   const float old_scale = has_scale(F) ? w.scale[row] : 0.0f;
@@ -235,12 +231,8 @@ void launch_write(const BankWrite& w, const Claims& c, cudaStream_t stream) {
 
 void bank_write_cuda(const BankWrite& w, const Tensor& payload) {
   if (w.rows == 0) return;
-  const int32_t device = payload.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* raw = nullptr;
-  // the macro for this has another name in torch 2.10
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &raw) == 0, "bank_write: no current CUDA stream");
-  const auto stream = static_cast<cudaStream_t>(raw);
+  const torch::stable::accelerator::DeviceGuard guard(payload.get_device_index());
+  const cudaStream_t stream = current_stream("bank_write", payload);
 
   int64_t slots = 16;
   int shift = 60;
@@ -258,13 +250,7 @@ void bank_write_cuda(const BankWrite& w, const Tensor& payload) {
   claim_kernel<<<static_cast<unsigned>((w.rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(w, c);
   check(cudaGetLastError(), "launch of the claim kernel");
 
-  switch (w.format) {
-    case Format::kFloat32: return launch_write<Format::kFloat32>(w, c, stream);
-    case Format::kFloat16: return launch_write<Format::kFloat16>(w, c, stream);
-    case Format::kBFloat16: return launch_write<Format::kBFloat16>(w, c, stream);
-    case Format::kInt8: return launch_write<Format::kInt8>(w, c, stream);
-    case Format::kE4M3: return launch_write<Format::kE4M3>(w, c, stream);
-  }
+  for_format(w.format, [&](auto f) { launch_write<decltype(f)::value>(w, c, stream); });
 }
 
 void bank_write(
@@ -272,7 +258,7 @@ void bank_write(
     const Tensor& sums, const Tensor& counts, const Tensor& codebook, const Tensor& start,
     const Tensor& rows_slide, const Tensor& rows_tile, const Tensor& features, int64_t step) {
   bank_write_cuda(
-      checked(
+      checked_write(
           payload, scale, code, age, drift, sums, counts, codebook, start, rows_slide, rows_tile, features, step),
       payload);
 }

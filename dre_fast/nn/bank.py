@@ -330,6 +330,7 @@ class MemoryBank(BankTables):
                     rows.start,
                     slides,
                     tiles,
+                    live.dtype == torch.float64,
                 )
             encoded, counts = encoded + others.to(encoded), counts + n_others.to(counts)
         elif memory == "none":

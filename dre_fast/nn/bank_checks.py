@@ -155,9 +155,15 @@ def check_rows(length: Tensor, slides: Tensor, tiles: Tensor, features: Tensor |
     bad_slide |= ~skip & (n == 0)
     bad_tile = ~skip & ~bad_slide & ((tiles < 0) | (tiles >= n))
     bad = bad_slide | bad_tile
+    if features is None:
+        wrong = bad.any()
+    else:  # one pass over the features; NaN shows in both ends
+        wrong = bad.any() | ~_all_finite(features).to(skip.device)
+    if not bool(wrong):
+        return
     if features is not None:
         bad = bad | (~skip & ~torch.isfinite(features).all(dim=1).to(skip.device))
-    if not bool(bad.any()):
+    if not bool(bad.any()):  # only skipped rows are not finite
         return
     i = int(bad.nonzero()[0, 0])
     slide, tile = int(slides[i]), int(tiles[i])
@@ -174,6 +180,13 @@ def check_rows(length: Tensor, slides: Tensor, tiles: Tensor, features: Tensor |
         f"MemoryBank: slide {slide}, tile {tile}: feature is not finite (NaN or Inf); the bank is unchanged. "
         f"{int(bad.sum())} of {bad.numel()} rows are like this. Look at the tile, or lower the encoder's rate"
     )
+
+
+def _all_finite(x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    low, high = torch.aminmax(x)
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def check_distinct(slides: Tensor, tiles: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Registered operations of the memory bank, and the choice of what runs them.
 
-``bank_write`` runs in C++ on the CPU, and in CUDA where that part was built; ``bank_tiles`` in C++ on the CPU and in
-Triton on CUDA tensors; without them, and for every other operation here, the reference runs. Storage layout and
-formulas: :mod:`dre_fast.reference.bank`.
+``bank_write``, ``bank_read`` and ``bank_rest`` run in C++ on the CPU, and in CUDA where that part was built;
+``bank_tiles`` in Triton on CUDA tensors; without them the reference runs. Storage layout and formulas:
+:mod:`dre_fast.reference.bank`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _lib.define(
 _lib.define("bank_read(Tensor payload, Tensor scale, Tensor rows, SymInt dim) -> Tensor")
 _lib.define(
     "bank_rest(Tensor payload, Tensor scale, Tensor code, Tensor sums, Tensor counts, Tensor codebook, "
-    "Tensor start, Tensor slides, Tensor tiles) -> (Tensor, Tensor)"
+    "Tensor start, Tensor slides, Tensor tiles, bool accurate) -> (Tensor, Tensor)"
 )
 _lib.define(
     "bank_tiles(Tensor lengths, Tensor slides, SymInt first, SymInt count, SymInt m, Tensor cycle, "
@@ -50,7 +50,7 @@ def backend(name: str, device: torch.device | str = "cpu") -> str:
     kind = torch.device(device).type
     if kind == "cpu" and native.provides(name):
         return "C++"
-    if name == "bank_write" and kind == "cuda" and native.cuda_available():
+    if name != "bank_tiles" and kind == "cuda" and native.cuda_available():
         return "CUDA"
     if name == "bank_tiles" and kind == "cuda" and native.triton_available():
         return "Triton"
@@ -70,7 +70,11 @@ def _write_fake(*_: Any) -> None:
     return None
 
 
-torch.library.impl(_lib, "bank_read", "CompositeExplicitAutograd")(reference.read)
+@torch.library.impl(_lib, "bank_read", "CompositeExplicitAutograd")
+def _read(payload: Tensor, scale: Tensor, rows: Tensor, dim: int) -> Tensor:
+    if backend("bank_read", payload.device) == "reference":
+        return reference.read(payload, scale, rows, dim)
+    return torch.ops.dre_fast_native.bank_read.default(payload, scale, rows.contiguous(), dim)
 
 
 @torch.library.register_fake("dre_fast::bank_read", lib=_lib)
@@ -78,7 +82,14 @@ def _read_fake(payload: Tensor, scale: Tensor, rows: Tensor, dim: int) -> Tensor
     return payload.new_empty(rows.shape[0], dim, dtype=torch.float32)
 
 
-torch.library.impl(_lib, "bank_rest", "CompositeExplicitAutograd")(reference.rest)
+@torch.library.impl(_lib, "bank_rest", "CompositeExplicitAutograd")
+def _rest(payload: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    if backend("bank_rest", payload.device) == "reference":
+        return reference.rest(payload, *others)
+    *tables, slides, tiles, accurate = others
+    return torch.ops.dre_fast_native.bank_rest.default(
+        payload, *tables, slides.contiguous(), tiles.contiguous(), accurate
+    )
 
 
 @torch.library.register_fake("dre_fast::bank_rest", lib=_lib)
@@ -92,9 +103,11 @@ def _rest_fake(
     start: Tensor,
     slides: Tensor,
     tiles: Tensor,
+    accurate: bool,
 ) -> tuple[Tensor, Tensor]:
     b, (k, d) = slides.shape[0], codebook.shape
-    return payload.new_empty(b, k, d, dtype=torch.float64), payload.new_empty(b, k, dtype=torch.int64)
+    dtype = torch.float64 if accurate else torch.float32
+    return payload.new_empty(b, k, d, dtype=dtype), payload.new_empty(b, k, dtype=torch.int64)
 
 
 @torch.library.impl(_lib, "bank_tiles", "CompositeExplicitAutograd")

@@ -158,6 +158,7 @@ def rest(
     start: Tensor,
     slides: Tensor,
     tiles: Tensor,
+    accurate: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Residuals of every written row of each slide except ``tiles``, from the running sums: no cost in n_s.
 
@@ -167,9 +168,10 @@ def rest(
     Args:
         slides: int64 [B]; tiles: int64 [B, m], -1 = skipped, no tile twice for a slide. Tiles never written
             are not in S and so are not taken out.
+        accurate: V_rest in float64; else it is rounded to fp32 once.
 
     Returns:
-        V_rest float64 [B, K, D], n_rest int64 [B, K].
+        V_rest float64 or fp32 [B, K, D], n_rest int64 [B, K].
     """
     k, dim = codebook.shape
     b, m = tiles.shape
@@ -182,4 +184,5 @@ def rest(
     # rows without a code carry zeros, so they can go to any cell
     out = sums[slides].reshape(b * k, dim).index_add(0, cell, old, alpha=-1).view(b, k, dim)
     n = counts[slides].reshape(-1).index_add(0, cell, coded.to(torch.int64), alpha=-1).view(b, k)
-    return from_fixed(out) - n[:, :, None] * codebook.double(), n
+    V = from_fixed(out) - n[:, :, None] * codebook.double()
+    return V if accurate else V.float(), n

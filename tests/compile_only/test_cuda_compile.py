@@ -16,8 +16,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "90", "100", "120")
 FORMATS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
-# write_kernel<Format, rows a block>: 256 threads, two blocks a multiprocessor at least.
-MAX_REGISTERS = 128
+# What two blocks of 256 threads (writing) or eight of 128 (reading) a multiprocessor leave a thread.
+MAX_REGISTERS = {"bank": 128, "bank_read": 64}
+KERNELS = {
+    "bank": {f"write_kernel<{f}, {rows}>" for f in FORMATS for rows in (8, 2)} | {"claim_kernel"},
+    "bank_read": {f"read_kernel<{f}, {four}>" for f in FORMATS for four in (0, 1)}
+    | {f"rest_kernel<{f}, {out}>" for f in FORMATS for out in "fd"},
+}
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, "
@@ -50,38 +55,40 @@ def build_flags() -> list[str]:
 
 def kernel_name(mangled: str) -> str:
     """ "write_kernel<int8, 8>" from the mangled name."""
-    found = re.search(r"write_kernelILNS_6FormatE(\d)ELi(\d+)E", mangled)
-    return f"write_kernel<{FORMATS[int(found[1])]}, {found[2]}>" if found else "claim_kernel"
+    found = re.search(r"(write|read|rest)_kernelILNS_6FormatE(\d)E(?:L[ib](\d+)E|([fd]))", mangled)
+    return f"{found[1]}_kernel<{FORMATS[int(found[2])]}, {found[3] or found[4]}>" if found else "claim_kernel"
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> registers, stack, spill stores and loads, from one compilation for all of them."""
-    out = tmp_path_factory.mktemp("cuda") / "bank.o"
+Report = dict[str, dict[str, dict[str, int]]]
+
+
+@pytest.fixture(scope="module", params=list(KERNELS))
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Report]:
+    """Source, and architecture -> kernel -> registers, stack, spills, from one compilation for all architectures."""
+    source = request.param
+    out = tmp_path_factory.mktemp("cuda") / f"{source}.o"
     command = [nvcc(), *build_flags(), "-Xptxas", "-v", "-Werror", "all-warnings"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     done = subprocess.run(
-        [*command, "-c", "csrc/cuda/bank.cu", "-o", str(out)], cwd=ROOT, capture_output=True, text=True
+        [*command, "-c", f"csrc/cuda/{source}.cu", "-o", str(out)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    report: dict[str, dict[str, dict[str, int]]] = {arch: {} for arch in ARCHS}
+    report: Report = {arch: {} for arch in ARCHS}
     for found in REPORT.finditer(done.stderr):
         use = {key: int(found[key]) for key in ("registers", "stack", "stores", "loads")}
         report[found["arch"]][kernel_name(found["name"])] = use
-    return report
+    return source, report
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-def test_bank_compiles_without_spills(
-    arch: str, kernels: dict[str, dict[str, dict[str, int]]], record_property
-) -> None:
-    expected = {f"write_kernel<{f}, {rows}>" for f in FORMATS for rows in (8, 2)} | {"claim_kernel"}
-    assert set(kernels[arch]) == expected
-    record_property(f"sm_{arch}", kernels[arch])
-    print(f"\nsm_{arch}: registers, bytes spilled")
-    for name, use in sorted(kernels[arch].items()):
+def test_bank_compiles_without_spills(arch: str, kernels: tuple[str, Report], record_property) -> None:
+    source, report = kernels
+    assert set(report[arch]) == KERNELS[source]
+    record_property(f"{source} sm_{arch}", report[arch])
+    print(f"\n{source} sm_{arch}: registers, bytes spilled")
+    for name, use in sorted(report[arch].items()):
         print(f"  {name:<34}{use['registers']:>4}{use['stores'] + use['loads']:>4}")
-    for name, use in kernels[arch].items():
+    for name, use in report[arch].items():
         assert use["stack"] == use["stores"] == use["loads"] == 0, (name, use)
-        assert use["registers"] <= MAX_REGISTERS, (name, use)
+        assert use["registers"] <= MAX_REGISTERS[source], (name, use)

@@ -60,7 +60,9 @@ def test_opcheck_reads(backend: str) -> None:
     )
     rest = [getattr(bank, name) for name in ("payload", "scale", "code", "slide_sums", "slide_counts")]
     ids = torch.tensor([1, 0]), torch.tensor([[3, -1], [0, 2]])
-    torch.library.opcheck(torch.ops.dre_fast.bank_rest.default, (*rest, bank.codebook, bank.start, *ids))
+    torch.library.opcheck(
+        torch.ops.dre_fast.bank_rest.default, (*rest, bank.codebook, bank.start, *ids, False)
+    )
     torch.library.opcheck(
         torch.ops.dre_fast.bank_tiles.default,
         (bank.length, torch.arange(3), 0, 4, 4, torch.tensor([0, 1, 2]), 7),
