@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,18 +10,16 @@ import torch
 from torch import Tensor
 
 from dre_fast.nn import bank_checks as checks
-from dre_fast.nn import bank_io
+from dre_fast.nn.bank_files import BankFiles
 from dre_fast.nn.bank_rows import Rows
 from dre_fast.nn.bank_stats import Freshness, measure
-from dre_fast.nn.bank_tables import BankTables
-from dre_fast.nn.bank_tiers import choose_tier
 from dre_fast.ops import bank as ops
 from dre_fast.ops.encode import encode_stored, hard_encode
 from dre_fast.reference.layout import kept_rows
-from dre_fast.reference.quantize import has_scale, row_dtype
+from dre_fast.reference.quantize import has_scale
 
 
-class MemoryBank(BankTables):
+class MemoryBank(BankFiles):
     """One row for every tile of every slide: written as tiles are encoded, read for the tiles that are not.
 
     Source: the memory bank of DRE-SLCL (arXiv 2511.05034). The running sums that make ``memory="full"`` cost
@@ -391,66 +388,6 @@ class MemoryBank(BankTables):
             masked=True,
         )
         return encoded, counts
-
-    # ------------------------------------------------------------------ files and state dicts
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank to one safetensors file; its metadata name format, version, dtype, dim and sizes.
-
-        The file appears whole or not at all, and no second copy of the rows is made in memory.
-
-        Raises:
-            OSError: disk full, no permission ...; an older file of that name is untouched.
-        """
-        about = {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "dim": str(self.dim),
-            "slides": str(self.num_slides),
-            "rows": str(self.payload.shape[0]),
-            "codewords": str(self.codebook.shape[0]),
-        }
-        if self._file is not None:
-            self._file.ring.flush()
-        bank_io.write_tables(path, {name: getattr(self, name) for name in checks.TABLES}, about)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: str | torch.dtype | None = None,
-        **placement: Any,
-    ) -> MemoryBank:
-        """Read a bank saved by :meth:`save`.
-
-        Args:
-            placement: ``tier``, ``folder``, ``cache`` and ``budget`` as for a new bank.
-            device: where to put it (default: the current default device).
-            dtype: row format; another one than the file's converts the stored rows, codes them again and
-                rebuilds the sums. Ages and drifts are kept.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not such a file, cut short, or too large for the free memory; names the file.
-        """
-        tables, _ = bank_io.read_tables(path)
-        row = row_dtype(dtype or tables["payload"].dtype)
-        (k, dim), slides = tables["codebook"].shape, tables["start"].shape[0]
-        if placement.get("tier") == "auto":
-            placement["tier"] = choose_tier(
-                tables["payload"].shape[0],
-                dim,
-                row,
-                slides,
-                k,
-                torch.empty(0, device=device).device,
-                placement.pop("budget", None),
-                placement.get("folder"),
-            )
-        bank = cls([], dim, dtype=row, device=device, **placement)
-        bank._adopt(tables)
-        return bank
 
     # ------------------------------------------------------------------ helpers
 

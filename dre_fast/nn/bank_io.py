@@ -1,11 +1,16 @@
-"""The memory bank's file: safetensors, written in pieces, so no second copy of the rows is in memory."""
+"""The memory bank's file: safetensors, written in pieces, so no second copy of the rows is in memory.
+
+Its metadata hold a CRC-32 of every table, which reading compares before anything is taken over.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import platform
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from dre_fast.nn.bank_checks import table_problem
 
 FORMAT = "dre_fast.memory_bank"
 VERSION = "1"
-_PIECE = 1 << 26  # bytes copied at a time
+_PIECE = 1 << 24  # bytes copied at a time
 _MAX_HEADER = 1 << 20
 _CODES: dict[str, torch.dtype] = {
     "I8": torch.int8,
@@ -38,11 +43,13 @@ def write_tables(
     """Write tables as one safetensors file: all of it, or nothing and the old file stays.
 
     Raises:
-        OSError: disk full, no permission ...; the temporary file is removed.
+        OSError: disk full, no permission ...; names the file. The temporary file is removed; one that a killed
+            process left is removed by the next save.
     """
     # wide items first: then every table starts at a multiple of its item size
     names = sorted(tables, key=lambda name: (-tables[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": FORMAT, "version": VERSION, **metadata}}
+    about = {"format": FORMAT, "version": VERSION, **metadata}
+    header: dict[str, object] = {"__metadata__": about}
     offset = 0
     for name in names:
         table = tables[name]
@@ -53,25 +60,70 @@ def write_tables(
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+
+    def head(sums: Mapping[str, int]) -> bytes:
+        """The same length for any sums: it stands before the data, whose sums are known after them."""
+        about["crc32"] = " ".join(f"{name}={sums.get(name, 0):08x}" for name in names)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    _remove_stale(final)
+    temporary = final.with_name(f".{final.name}.{_host()}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
+            file.write(head({}))
+            sums = {}
             for name in names:
                 raw = tables[name].detach().contiguous().view(-1).view(torch.uint8)
+                sums[name] = 0
                 for piece in raw.split(_PIECE):
-                    file.write(memoryview(piece.cpu().numpy()))
+                    data = memoryview(piece.cpu().numpy())
+                    sums[name] = zlib.crc32(data, sums[name])
+                    file.write(data)
+            file.seek(0)
+            file.write(head(sums))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"{final}: the memory bank was not saved: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk too: what is there after a power cut is the old file or the new one."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
+
+
+def _remove_stale(final: Path) -> None:
+    """Delete what killed processes of this host left of earlier saves of this file."""
+    for left in final.parent.glob(f".{final.name}.{_host()}.*-*"):
+        number = left.name.rpartition(".")[2].partition("-")[0]
+        if number.isdigit() and not _alive(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_tables(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,7 +131,8 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a bank file, of a newer version, cut short, or with tables that do not fit together.
+        ValueError: not a bank file, of a newer version, cut short, with bytes that changed since they were saved, or
+            with tables that do not fit together.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -106,6 +159,8 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     if size != need:
         raise ValueError(f"{path}: cut short or damaged: {size} bytes, its header says {need}")
 
+    # files of earlier releases have no sums
+    sums = dict(entry.split("=") for entry in metadata.get("crc32", "").split())
     data = (
         np.memmap(path, dtype=np.uint8, mode="c", offset=8 + length)
         if size > 8 + length
@@ -117,10 +172,20 @@ def read_tables(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             raise ValueError(f"{path}: damaged: {name} {shape} {dtype} does not fill {end - begin} bytes")
         raw = torch.from_numpy(data[begin:end]) if end > begin else torch.zeros(0, dtype=torch.uint8)
         tables[name] = raw.view(dtype).view(shape)
+        expected = sums.get(name)
+        if expected is not None and _crc32(raw) != int(expected, 16):
+            raise ValueError(f"{path}: damaged: the bytes of {name} are not those that were saved (CRC-32)")
     problem = table_problem(tables)
     if problem:
         raise ValueError(f"{path}: damaged memory bank: {problem}")
     return tables, metadata
+
+
+def _crc32(raw: Tensor) -> int:
+    found = 0
+    for piece in raw.split(_PIECE):
+        found = zlib.crc32(memoryview(piece.numpy()), found)
+    return found
 
 
 def _entry(entry: Mapping[str, object]) -> tuple[torch.dtype, list[int], int, int]:

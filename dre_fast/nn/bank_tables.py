@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dre_fast.nn import bank_checks as checks
-from dre_fast.nn.bank_file import FileRows
+from dre_fast.nn.bank_disk import FileRows
 from dre_fast.nn.bank_tiers import Placement, choose_tier
 from dre_fast.ops import bank as ops
 from dre_fast.ops.encode import assign_stored
@@ -290,12 +290,39 @@ class BankTables(nn.Module):
         self.scale = _blank_rows(rows, self.dtype, device)["scale"]
         for _, number in self._row_chunks(_CHUNK):
             there = number.to(tables["payload"].device)
-            stored = ops.read(tables["payload"], tables["scale"], there, self.dim).to(device)
-            values, scale = quantize(stored, self.dtype)
-            self.payload[number.to(self.payload.device), : self.dim] = values.to(self.payload.device)
-            if has_scale(self.dtype):
-                self.scale[number] = scale
+            self._store(number, ops.read(tables["payload"], tables["scale"], there, self.dim))
         self._sum_up(recode=True)
+
+    @torch.no_grad()
+    def _take_slide(self, slide: int, tables: Mapping[str, Tensor], theirs: int) -> None:
+        """Copy a slide of other tables with the same codebook over a slide of as many tiles, never written.
+
+        Where the row format differs the rows are converted, and codes and sums are left to :meth:`_sum_up`.
+        """
+        own, n = self._slab(slide), int(tables["length"][theirs])
+        start = int(tables["start"][theirs])
+        there = slice(start, start + n)
+        for name in ("code", "age", "drift"):
+            getattr(self, name)[own] = tables[name][there].to(self.device)
+        if tables["payload"].dtype == self.dtype:
+            self.payload[own] = tables["payload"][there].to(self.payload.device)
+            if has_scale(self.dtype):
+                self.scale[own] = tables["scale"][there].to(self.device)
+            self.slide_sums[slide] = tables["slide_sums"][theirs].to(self.device)
+            self.slide_counts[slide] = tables["slide_counts"][theirs].to(self.device)
+            return
+        for first in range(0, n, _CHUNK):
+            part = torch.arange(start + first, start + min(first + _CHUNK, n))
+            rows = ops.read(tables["payload"], tables["scale"], part, self.dim)
+            self._store(part - start + own.start, rows)
+
+    def _store(self, number: Tensor, rows: Tensor) -> None:
+        """Put rows [n, D] as they are, not normalised, into the row format. number: int64 [n]."""
+        values, scale = quantize(rows.to(self.device), self.dtype)
+        place = self.payload.device
+        self.payload[number.to(place), : self.dim] = values.to(place)
+        if has_scale(self.dtype):
+            self.scale[number.to(self.device)] = scale
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._file is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.nn import bank_checks as checks
-from dre_fast.nn.bank_file import FileRows
+from dre_fast.nn.bank_disk import FileRows
 from dre_fast.nn.pinned import PinnedView
 from dre_fast.reference.quantize import padded_dim
 
