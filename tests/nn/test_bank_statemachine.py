@@ -114,6 +114,33 @@ class BankMachine(RuleBasedStateMachine):
                 drift = 1 - a @ b / np.sqrt(power) if power > 0 else float((a @ a) != (b @ b))
             self.rows[s][t] = (new, self.step, drift)
 
+    @rule(data=st.data(), slide=slides)
+    def encode(self, data: st.DataObject, slide: int) -> None:
+        """Every written row of a slide, some of them live: residuals row by row, and the same counts exactly."""
+        n, k = self.length[slide], len(self.codebook)
+        if k == 0:
+            return
+        tiles = data.draw(st.lists(st.integers(0, n - 1), max_size=4, unique=True))
+        live = self.draw(1, len(tiles), D)
+        ids = torch.tensor([tiles], dtype=torch.int64)
+        V, counts = self.bank.encode([slide], ids, torch.tensor(live), memory="full", return_counts=True)
+        rows = [row for tile, (row, _, _) in self.rows[slide].items() if tile not in tiles] + list(live[0])
+        expected, number = np.zeros((k, D)), [0] * k
+        for row in rows:
+            code = nearest(row, self.codebook)
+            expected[code] += row.astype(np.float64) - self.codebook[code]
+            number[code] += 1
+        assert counts[0].tolist() == number
+        assert np.abs(V[0].numpy() - expected).max(initial=0) < 1e-5
+        if not tiles:
+            return
+        # the live tiles of a visit, and all others by permutation: the same rows again
+        ids = self.bank.sample([slide], len(tiles), cycle=0, seed=self.step)
+        given = (ids, torch.tensor(live))
+        whole = self.bank.encode([slide], *given, memory="full")
+        chosen = self.bank.encode([slide], *given, memory=n, cycle=0, seed=self.step)
+        assert (whole - chosen).abs().max() < 1e-5
+
     @rule(slide=slides, tile=st.integers(12, 99))
     def refused_write(self, slide: int, tile: int) -> None:
         with pytest.raises(ValueError, match=f"slide {slide}, tile {tile}"):
@@ -234,3 +261,18 @@ TestReferenceBank = ReferenceMachine.TestCase
 TestReferenceBank.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 TestBankInAFile = FileMachine.TestCase
 TestBankInAFile.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+LONG = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.slow
+class TestLongBank(BankMachine.TestCase):  # type: ignore[misc, name-defined]
+    """Thousands of steps."""
+
+    settings = LONG
+
+
+@pytest.mark.slow
+class TestLongBankInAFile(FileMachine.TestCase):  # type: ignore[misc, name-defined]
+    """Thousands of steps."""
+
+    settings = LONG
