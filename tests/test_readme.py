@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/encoding.md runs as printed."""
+"""The Python of the README and of the pages runs as printed."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def test_encoding_page(tmp_path):
     page = blocks("docs/encoding.md")
     assert len(page) == 2
     check = "\nassert V.shape == (3, 16, 128) and int(counts.sum()) == len(codes) == len(distances) == 740"
+    run("\n".join(page) + check, tmp_path)
+
+
+def test_bank_page(tmp_path):
+    page = blocks("docs/bank.md")
+    assert len(page) == 2
+    check = "\nassert V.shape == (2, 16, 64) and part.num_slides == 2 and numbers.tolist() == [5, 2]"
     run("\n".join(page) + check, tmp_path)
 
 
