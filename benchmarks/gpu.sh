@@ -85,10 +85,10 @@ arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 gpu_only build build 65 env "DRE_FAST_CUDA_ARCHS=$arch" "$python" setup.py build_ext --inplace
 section environment report 15 "${report[@]}" environment "${flags[@]}"
 section ceilings report 15 "${report[@]}" ceilings "${flags[@]}"
-section encode report 90 "${report[@]}" encode "${flags[@]}"
+section encode report 80 "${report[@]}" encode "${flags[@]}"
 section retrieve report 35 "${report[@]}" retrieve "${flags[@]}"
-section soft report 55 "${report[@]}" soft "${flags[@]}"
-section bank report 40 "${report[@]}" bank "${flags[@]}"
+section soft report 50 "${report[@]}" soft "${flags[@]}"
+section bank report 55 "${report[@]}" bank "${flags[@]}"
 section codebook report 25 "${report[@]}" codebook "${flags[@]}"
 # The clocks are left alone, so that these are the launches that were timed; the first calls, which compile, are not watched.
 counters counters report 45 ncu --csv --page raw --log-file "$out/ncu.csv" --clock-control none --profile-from-start off \

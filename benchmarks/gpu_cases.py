@@ -26,7 +26,11 @@ def sanitize() -> None:
     for stored in (torch.int8, torch.float8_e4m3fn) if on_gpu else (torch.int8,):
         _stored_rows(300 if on_gpu else 90, 40, 6, stored, device)
     _others(device)
-    filled(3, 100, 32, 8, "int8", device).rebuild()
+    bank = filled(3, 100, 32, 8, "int8", device)
+    bank.rebuild()
+    ids, tiles = torch.tensor([2, 0], device=device), torch.tensor([[1, 5, -1], [0, 99, 7]], device=device)
+    bank.encode(ids, tiles, normalize(torch.randn(2, 3, 32, device=device), dim=2), memory="full")
+    bank.read(ids.repeat_interleave(3), tiles.reshape(-1))
     if on_gpu:
         given = retrieval.fill(SMALL_RETRIEVAL[0], device)
         retrieval.bank_encode(given)

@@ -405,6 +405,10 @@ class MemoryBank(BankFiles):
         return slides.to(torch.int64), tiles.to(torch.int64)
 
     def _visits(self, cycle: Tensor | int, slides: Tensor) -> Tensor:
+        if isinstance(cycle, int):  # made on the device, as a graph that is captured needs it
+            if cycle < 0:
+                raise ValueError(f"MemoryBank: cycle (the visit number) counts from 0, got {cycle}")
+            return torch.full_like(slides, cycle)
         visit = torch.as_tensor(cycle, device=slides.device)
         if visit.is_floating_point() or visit.shape not in ((), slides.shape):
             raise ValueError(

@@ -50,3 +50,38 @@ def test_running_sums_equal_a_rebuild_bit_for_bit(dtype: str) -> None:
     for slide, (sums, counts) in enumerate(before):
         assert torch.equal(bank.sums(slide), sums)
         assert torch.equal(bank.counts(slide), counts)
+
+
+def test_a_whole_slide_step_is_captured_and_replayed() -> None:
+    """Sampling, encoding and writing as one CUDA graph: new features through the same launches, nothing waits."""
+    lengths = [300, 40, 120]
+    codebook = torch.nn.functional.normalize(torch.randn(8, 48), dim=1)
+    captured, eager = (MemoryBank(lengths, 48, codebook=codebook, device="cuda") for _ in range(2))
+    for bank in (captured, eager):
+        torch.manual_seed(0)
+        for slide, n in enumerate(lengths):
+            bank.write(slide, torch.arange(n), torch.randn(n, 48), step=0)
+    slides = torch.arange(3, device="cuda")
+    live = torch.nn.functional.normalize(torch.randn(3, 16, 48, device="cuda"), dim=2)
+
+    def step(bank: MemoryBank, rows: torch.Tensor) -> torch.Tensor:
+        tiles = bank.sample(slides, 16, 2, 0)
+        V = bank.encode(slides, tiles, rows, memory="full")
+        bank.write(slides.repeat_interleave(16), tiles.reshape(-1), rows.reshape(-1, 48), step=1)
+        return V
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(captured, live)
+        step(eager, live)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        V = step(captured, live)
+    for _ in range(3):
+        live.copy_(torch.nn.functional.normalize(torch.randn_like(live), dim=2))
+        graph.replay()
+        assert torch.equal(V, step(eager, live))
+    for name, table in captured.named_buffers():
+        assert torch.equal(table.float(), getattr(eager, name).float()), name
