@@ -68,6 +68,7 @@ def collect() -> dict[str, list[Line]]:
         "backends": [
             *(Line(name, backend) for name, backend in ops.backends().items()),
             Line("C++ ops", "built" if native.available() else "missing", native.why_not()),
+            Line("banks in a file", "missing" if native.why_not("host") else "built", native.why_not("host")),
             Line(
                 "CUDA ops",
                 "built" if native.cuda_available() else "missing",

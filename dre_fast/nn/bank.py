@@ -52,6 +52,9 @@ class MemoryBank(BankFiles):
     Checks read a flag back from the device once a call; inside ``torch.compile`` and while a CUDA graph is captured
     they are left out, because they depend on the data, and the caller answers for ids and finite features.
 
+    Rows in a file need the host in every call: no torch.compile over them, no CUDA graph, and ids that lie on a GPU
+    are read back.
+
     With DistributedDataParallel use ``broadcast_buffers=False``: every rank holds the slides it trains on.
 
     Args:

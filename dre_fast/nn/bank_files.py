@@ -66,6 +66,19 @@ class BankFiles(BankTables):
         bank._adopt(tables)
         return bank
 
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over what :meth:`save` wrote, of any size, where and in the row format this bank has.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`load`, or rows of another D; this bank is unchanged then.
+        """
+        tables, _ = bank_io.read_tables(path)
+        if tables["codebook"].shape[1] != self.dim:
+            raise ValueError(
+                f"{path}: rows of {tables['codebook'].shape[1]} values, this bank has D = {self.dim}"
+            )
+        self._adopt(tables)
+
     def save_shard(
         self,
         path: str | os.PathLike[str],

@@ -21,6 +21,12 @@ from dre_fast.nn.bank_tiers import to_bytes
 # Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
 FREE_ON_RESUME = frozenset(
     {"data.cohort", "data.tiles", "data.reports", "data.cache", "data.workers", "data.max_open"}
+    | {
+        "memory.tier",
+        "memory.folder",
+        "memory.cache",
+        "memory.budget",
+    }  # where rows lie does not show in a run
     | {"run.device", "run.threads", "run.tensorboard", "run.checkpoint_every"}
 )
 

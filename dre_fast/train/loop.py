@@ -395,10 +395,14 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self.log.sync()
+        # the checkpoint names the bank's file, and is what makes both count: until it is there, the former two do
+        bank = on_disk.bank_file(self.out, self.step)
+        self.model.bank.save(bank)
         on_disk.save_checkpoint(
             self.out / on_disk.CHECKPOINT,
             {
-                "model": self.model.state_dict(),
+                "model": on_disk.without_bank(self.model.state_dict()),
+                "bank": bank.name,
                 "loss": self.loss.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -415,9 +419,14 @@ class Trainer:
                 "data": self._data,
             },
         )
+        on_disk.remove_other_banks(self.out, bank)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
+        missing = [key for key in missing if not key.startswith("bank.")]
+        if missing or unexpected:
+            raise ValueError(f"{self.out / on_disk.CHECKPOINT}: of another model: {missing + unexpected}")
+        self.model.bank.restore(self.out / state["bank"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from dre_fast.data.files import atomic_path, write_tensors
 
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
-_FORMAT = "dre_fast-checkpoint-1"
+_FORMAT = "dre_fast-checkpoint-2"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -49,6 +49,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a dre_fast checkpoint of format {_FORMAT}")
     return state
+
+
+def bank_file(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step keeps the bank: beside it, since it may be larger than memory."""
+    return out / f"bank-{step:09d}.safetensors"
+
+
+def remove_other_banks(out: Path, kept: Path) -> None:
+    """Once a checkpoint that names ``kept`` is on disk: delete those of earlier or unfinished checkpoints."""
+    for file in out.glob("bank-*.safetensors"):
+        if file != kept:
+            file.unlink(missing_ok=True)
+
+
+def without_bank(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state that a checkpoint holds itself."""
+    return {key: value for key, value in state.items() if not key.startswith("bank.")}
 
 
 def deployable(state: dict[str, Tensor]) -> dict[str, Tensor]:

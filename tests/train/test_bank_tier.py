@@ -46,7 +46,8 @@ def test_rows_in_a_file_give_the_same_run_also_when_resumed(
     stopped._record = stop_in_the_second_epoch  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    Trainer(short, tmp_path / "stopped", resume=True).fit()
+    resumed = tiny_config(tiny_cohort, *common)  # with rows in memory again
+    Trainer(resumed, tmp_path / "stopped", resume=True).fit()
     assert log(tmp_path / "stopped") == log(tmp_path / "memory")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from train_cohort import tiny_config
 
+from dre_fast.nn.bank import MemoryBank
 from dre_fast.train.config import save_config
 from dre_fast.train.inference import load_run
 from dre_fast.train.loop import Trainer
@@ -52,6 +53,7 @@ def whole(out: Path) -> None:
     """Every file that is there can be read."""
     if (out / "last.pt").exists():
         state = load_checkpoint(out / "last.pt")
+        MemoryBank.load(out / state["bank"])
         assert (out / "metrics.jsonl").stat().st_size >= state["log_size"]
     if (out / "best.safetensors").exists():
         load_run(out)
@@ -101,6 +103,7 @@ def test_sigkill_at_any_moment_then_resume_gives_the_same_log(tiny_cohort, tmp_p
     assert (killed / "best.safetensors").read_bytes() == (whole_run / "best.safetensors").read_bytes()
     leftovers = [p.name for p in killed.iterdir() if p.name.startswith(".")]
     assert not leftovers
+    assert [p.name for p in killed.glob("bank-*")] == [load_checkpoint(killed / "last.pt")["bank"]]
 
 
 def _lines(out: Path) -> int:
@@ -136,3 +139,17 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_cohort, tmp_path):
         Trainer(config, tmp_path / "a")
     with pytest.raises(ValueError, match=r"optim\.lr"):
         Trainer(tiny_config(tiny_cohort, "optim.epochs=1", "optim.lr=0.5"), tmp_path / "a", resume=True)
+
+
+def test_a_damaged_bank_file_is_named(tiny_cohort, tmp_path):
+    config = tiny_config(tiny_cohort, "optim.epochs=1")
+    out = Trainer(config, tmp_path / "a").fit()
+    bank = out / load_checkpoint(out / "last.pt")["bank"]
+    data = bytearray(bank.read_bytes())
+    data[-5] ^= 1
+    bank.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=rf"{bank.name}: damaged"):
+        Trainer(config, out, resume=True).fit()
+    bank.unlink()
+    with pytest.raises(FileNotFoundError, match=bank.name):
+        Trainer(config, out, resume=True).fit()

@@ -33,7 +33,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
         def __reduce__(self):
             return (print, ("executed",))
 
-    torch.save({"format": "dre_fast-checkpoint-1", "x": Evil()}, tmp_path / "last.pt")
+    torch.save({"format": "dre_fast-checkpoint-2", "x": Evil()}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "last.pt")
 
