@@ -1,0 +1,133 @@
+"""The oracle: the gradient through every tile of a slide, at the memory of one chunk of tiles.
+
+V = sum over all tiles of (f - c) is a sum, so its gradient needs no tile beside another (dre_fast's own; streaming CNNs
+pay for the same with special layers):
+
+    pass 1   every tile is encoded without a graph, chunk by chunk, and V is summed up
+    loss     of V, gives dL/dV
+    pass 2   every chunk is encoded again, with a graph, and its share of V is back-propagated from dL/dV
+
+The second pass sees the same random numbers as the first, so dropout is no obstacle. Batch normalisation is one: a
+tile's feature then depends on the tiles beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dre_fast.nn.encoding import residual_encode
+from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.tile_encoders import cross_sample_modules
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def check_exact(encoder: nn.Module) -> None:
+    """Refuse encoders that mix the tiles of a batch.
+
+    Raises:
+        ValueError: names the layers.
+    """
+    mixing = cross_sample_modules(encoder)
+    if mixing:
+        raise ValueError(
+            f"exact gradients need an encoder without batch normalisation: {', '.join(mixing[:3])}"
+            f"{' ...' if len(mixing) > 3 else ''}. Use one with layer or group normalisation, or another memory mode"
+        )
+
+
+class ExactBag:
+    """One slide, all its tiles.
+
+    Args:
+        model: its tile encoder and codebook are used, the bank's rows are not.
+        read: int64 [c] -> images [c, 3, H, W] of those tiles, the same at every call.
+        tiles: number of tiles n.
+        chunk: tiles encoded at once; memory grows with it, not with n.
+        autocast: a context for the encoder.
+
+    Raises:
+        ValueError: the encoder has batch normalisation (layers named), or there is no tile.
+    """
+
+    def __init__(
+        self,
+        model: DRESLCL,
+        read: Callable[[Tensor], Tensor],
+        tiles: int,
+        *,
+        chunk: int = 256,
+        autocast: Autocast = contextlib.nullcontext,
+    ) -> None:
+        check_exact(model.tile_encoder)
+        if tiles < 1:
+            raise ValueError("ExactBag: a slide needs at least one tile")
+        self.model, self.read, self.tiles, self.chunk, self.autocast = model, read, tiles, chunk, autocast
+        self._random: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def encode(self, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+        """Pass 1: residuals of all tiles, un-normalised, fp32 [K, D].
+
+        Args:
+            keep: called with the tiles int64 [c] and features fp32 [c, D] of every chunk, to store them.
+        """
+        self._random = []
+        total = torch.zeros(self.model.codebook.shape, dtype=torch.float64, device=self.model.codebook.device)
+        for tiles in self._chunks():
+            self._random.append(_random_state(total.device))
+            features = self._features(tiles)
+            total += self._residuals(features)
+            if keep is not None:
+                keep(tiles, features)
+        return total.float()
+
+    def backward(self, grad: Tensor) -> None:
+        """Pass 2: add the gradient of sum(grad * V) to that of the encoder's parameters. ``grad``: [K, D].
+
+        Raises:
+            RuntimeError: before :meth:`encode`.
+        """
+        if not self._random:
+            raise RuntimeError("ExactBag: encode() comes before backward()")
+        after = _random_state(grad.device)
+        try:
+            for tiles, state in zip(self._chunks(), self._random):
+                _set_random_state(state, grad.device)
+                with torch.enable_grad():
+                    residuals = self._residuals(self._features(tiles))
+                if residuals.requires_grad:
+                    residuals.backward(grad)
+        finally:
+            _set_random_state(after, grad.device)
+
+    def _chunks(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.tiles).split(self.chunk))
+
+    def _features(self, tiles: Tensor) -> Tensor:
+        images = self.read(tiles).to(self.model.codebook.device, non_blocking=True)
+        with self.autocast():
+            return self.model.encode_tiles(images)
+
+    def _residuals(self, features: Tensor) -> Tensor:
+        V = residual_encode(features, self.model.codebook)
+        assert isinstance(V, Tensor)  # not the pair that return_counts gives
+        return V[0]
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
