@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
 
     from dre_fast.data.cohort import Cohort
     from dre_fast.train.build import slide_set
+    from dre_fast.train.checks import pick_device
     from dre_fast.train.inference import encode_slides, load_run
-    from dre_fast.train.loop import pick_device
 
     device = pick_device(args.device)
     loaded = load_run(args.model, device)

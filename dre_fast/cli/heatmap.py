@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.data.cohort import Cohort
     from dre_fast.progress import progress
     from dre_fast.train.build import slide_set
+    from dre_fast.train.checks import pick_device
     from dre_fast.train.explain import draw_slide
     from dre_fast.train.inference import load_run
-    from dre_fast.train.loop import pick_device
 
     loaded = load_run(args.model, pick_device(args.device))
     cohort = Cohort.read(args.cohort)

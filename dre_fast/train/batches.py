@@ -48,12 +48,7 @@ class _LiveTiles(Dataset["Tensor | ValueError"]):
             ValueError
         ) as error:  # handed over as it is: a DataLoader would bury it in a worker's traceback
             return error
-        generator = torch.Generator().manual_seed((self.key * 1_000_003 + slide) % 2**63)
-        if self.flips:
-            images = turn_and_flip(images, generator)
-        if self.stain:
-            images = jitter_stain(images, self.stain, generator)
-        return images
+        return augmented(images, self.flips, self.stain, self.key * 1_000_003 + slide)
 
 
 def _collate(items: list[Tensor | ValueError]) -> Tensor | ValueError:
@@ -61,6 +56,25 @@ def _collate(items: list[Tensor | ValueError]) -> Tensor | ValueError:
         if isinstance(item, ValueError):
             return item
     return default_collate(items)  # type: ignore[no-any-return]
+
+
+def augmented(images: Tensor, flips: bool, stain: float, key: int) -> Tensor:
+    """Tiles uint8 [m, 3, P, P], turned and stained anew by a generator of this key -> the same shape."""
+    generator = torch.Generator().manual_seed(key % 2**63)
+    if flips:
+        images = turn_and_flip(images, generator)
+    if stain:
+        images = jitter_stain(images, stain, generator)
+    return images
+
+
+def read_augmented(
+    reader: TileReader | CachedTileReader, flips: bool, stain: float, key: int, slide: int, tiles: Tensor
+) -> Tensor:
+    """Tiles int64 [m] of a slide as uint8 [m, 3, P, P], augmented by key, slide and the first of them."""
+    return augmented(
+        reader.read(slide, tiles), flips, stain, (key * 1_000_003 + slide) * 1_000_003 + int(tiles[0])
+    )
 
 
 def turn_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -94,6 +108,13 @@ def jitter_stain(images: Tensor, strength: float, generator: torch.Generator) ->
 def epoch_order(slides: int, seed: int, epoch: int) -> Tensor:
     """Order of the slides in an epoch, int64 [slides]: a function of (seed, epoch) alone."""
     return torch.randperm(slides, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+
+def epoch_slides(slides: int, *, epoch: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """The slides of :func:`epoch_batches` without live tiles: for steps that read every tile themselves."""
+    for chosen in epoch_order(slides, seed, epoch).split(batch_size)[start:]:
+        none = torch.zeros(len(chosen), 0, dtype=torch.int64)
+        yield Batch(chosen, none, torch.zeros(len(chosen), 0, 3, 0, 0, dtype=torch.uint8))
 
 
 def epoch_batches(

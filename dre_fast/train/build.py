@@ -129,6 +129,7 @@ def build_model(
     if config.model.encoder_weights:
         load_encoder_weights(encoder, config.model.encoder_weights)
     memory, dim = config.memory, encoder.dim
+    modes: dict[str, str | int] = {"sampled": memory.retrieved, "exact": "full"}
     # made where it stays: a bank may be larger than the memory of the host
     bank = MemoryBank(
         list(bank_tiles),
@@ -153,7 +154,7 @@ def build_model(
             dropout=config.model.dropout,
         ),
         tasks=task_sizes,
-        memory=memory.retrieved if memory.mode == "sampled" else memory.mode,
+        memory=modes.get(memory.mode, memory.mode),
         grad_scale=memory.grad_scale,
         normalize=config.model.normalize,
     ).to(device)

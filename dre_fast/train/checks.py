@@ -126,3 +126,23 @@ def _hash(*parts: Tensor | str | None) -> str:
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()[:32]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` = CUDA where there is one.
+
+    Raises:
+        ValueError: no such kind of device, or none on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            "see `dre-fast info`"
+        )
+    return device

@@ -88,7 +88,7 @@ class ModelConfig:
 @dataclass
 class MemoryConfig:
     dtype: str = "int8"  # int8 | bfloat16 | float16 | float32 | float8_e4m3fn
-    mode: str = "full"  # full | sampled | none
+    mode: str = "full"  # full | sampled | none | exact (every tile with gradient, in two passes: the oracle)
     live: int = 32  # m, tiles per slide with gradient
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
     grad_scale: str | float = "none"  # none | unbiased | a number
@@ -133,6 +133,7 @@ class RunConfig:
     validate_every: int = 1  # epochs
     encode_chunk: int = 256  # tiles encoded at once without gradient
     tensorboard: bool = True
+    probe_every: int = 0  # steps between comparisons with the exact gradient on one slide; 0: none
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Config:
         Raises:
             ConfigError: names the key.
         """
-        _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none"))
+        _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none", "exact"))
         _one_of("memory.tier", self.memory.tier, ("device", "host", "file", "auto"))
         if self.memory.tier == "file" and self.memory.folder is None:
             raise ConfigError(
@@ -213,6 +214,7 @@ class Config:
             "optim.warmup_steps",
             "optim.head_warmup_epochs",
             "run.threads",
+            "run.probe_every",
             "run.seed",
         ):
             section, name = key.split(".")

@@ -14,14 +14,15 @@ tile's feature then depends on the tiles beside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dre_fast.nn.encoding import residual_encode
-from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.nn.tile_encoders import cross_sample_modules
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -118,6 +119,55 @@ class ExactBag:
         V = residual_encode(features, self.model.codebook)
         assert isinstance(V, Tensor)  # not the pair that return_counts gives
         return V[0]
+
+
+class ExactBatch:
+    """The slides of a step, all their tiles: :meth:`forward`, the loss and its backward, then :meth:`backward`.
+
+    Args:
+        slides: ids, in the order of the output.
+        read: (slide, tiles int64 [c]) -> images [c, 3, H, W], the same at every call.
+        tiles: number of tiles of each slide.
+        model, chunk, autocast: as for :class:`ExactBag`, which says what is refused.
+    """
+
+    def __init__(
+        self,
+        model: DRESLCL,
+        slides: Sequence[int],
+        read: Callable[[int, Tensor], Tensor],
+        tiles: Sequence[int],
+        *,
+        chunk: int = 256,
+        autocast: Autocast = contextlib.nullcontext,
+    ) -> None:
+        self.model, self.slides, self.autocast = model, list(slides), autocast
+        self.bags = [
+            ExactBag(model, partial(read, slide), n, chunk=chunk, autocast=autocast)
+            for slide, n in zip(slides, tiles)
+        ]
+        self._residuals: Tensor | None = None
+
+    def forward(self, keep: Callable[[int, Tensor, Tensor], None] | None = None) -> SlideOutput:
+        """Every tile of every slide -> :class:`SlideOutput`.
+
+        Args:
+            keep: called with slide, tiles int64 [c] and features fp32 [c, D] of every chunk, to store them.
+        """
+        encoded = [
+            bag.encode(None if keep is None else partial(keep, slide))
+            for slide, bag in zip(self.slides, self.bags)
+        ]
+        self._residuals = torch.stack(encoded).requires_grad_()
+        with self.autocast():
+            return self.model.represent(self._residuals)
+
+    def backward(self) -> None:
+        """After the loss's backward: bring its gradient to the tile encoder."""
+        if self._residuals is None or self._residuals.grad is None:
+            raise RuntimeError("ExactBatch: forward() and the loss's backward() come before backward()")
+        for bag, grad in zip(self.bags, self._residuals.grad):
+            bag.backward(grad)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dre_fast.nn.model import SlideOutput
 from dre_fast.nn.supervised import supervised_loss
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
-from dre_fast.train.batches import Batch, epoch_batches
+from dre_fast.train.batches import Batch, epoch_batches, epoch_slides, read_augmented
 from dre_fast.train.build import (
     SlideSet,
     build_model,
@@ -28,8 +30,17 @@ from dre_fast.train.build import (
     slide_set,
     task_card,
 )
-from dre_fast.train.checks import check_folder, check_labels, check_same_data, data_fingerprint, split_records
+from dre_fast.train.checks import (
+    check_folder,
+    check_labels,
+    check_same_data,
+    data_fingerprint,
+    pick_device,
+    split_records,
+)
 from dre_fast.train.config import Config, save_config
+from dre_fast.train.exact import ExactBatch, check_exact
+from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
 from dre_fast.train.inference import encode_tiles_of, validate
 
 Metrics = dict[str, float | int | str | None]
@@ -113,6 +124,8 @@ class Trainer:
             {task.name: task.outputs for task in self.tasks},
             self.device,
         )
+        if config.memory.mode == "exact" or config.run.probe_every:
+            check_exact(self.model.tile_encoder)
         self.loss = SlideReportLoss(
             kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives
         )
@@ -147,7 +160,7 @@ class Trainer:
             self._restore(self._state)
             self._state = None
         self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
-        self.board = _board(self.out, self.step) if self.config.run.tensorboard else None
+        self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
         try:
             if not self._resumed:
                 self._prefill()
@@ -166,18 +179,7 @@ class Trainer:
         refit = config.memory.refit_every
         if self.batch == 0 and epoch > 0 and refit and epoch % refit == 0 and self._encoder_moved(epoch):
             self._fit_codebook(warm=True)
-        batches = epoch_batches(
-            self.model.bank,
-            self.train.reader,
-            epoch=epoch,
-            live=config.memory.live,
-            batch_size=config.optim.batch_size,
-            seed=config.run.seed,
-            start=self.batch,
-            augment=config.data.augment,
-            stain=config.data.stain,
-            workers=config.data.workers,
-        )
+        batches = self._batches(epoch)
         remaining = self.steps_per_epoch - self.batch
         started = time.perf_counter()
         for batch in progress(
@@ -190,10 +192,45 @@ class Trainer:
             self.batch += 1
             now = time.perf_counter()
             self._record("step", seconds=now - started, **metrics)
-            started = now
+            if config.run.probe_every and self.step % config.run.probe_every == 0:
+                self._measure_fidelity(epoch)
+            started = time.perf_counter()
             if self.step % config.run.checkpoint_every == 0 and self.batch < self.steps_per_epoch:
                 self._checkpoint()
         self._finish_epoch(epoch)
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        config = self.config
+        size, seed = config.optim.batch_size, config.run.seed
+        if config.memory.mode == "exact":
+            return epoch_slides(len(self.train), epoch=epoch, batch_size=size, seed=seed, start=self.batch)
+        return epoch_batches(
+            self.model.bank,
+            self.train.reader,
+            epoch=epoch,
+            live=config.memory.live,
+            batch_size=size,
+            seed=seed,
+            start=self.batch,
+            augment=config.data.augment,
+            stain=config.data.stain,
+            workers=config.data.workers,
+        )
+
+    def _measure_fidelity(self, epoch: int) -> None:
+        started, config = time.perf_counter(), self.config
+        probe = FidelityProbe(
+            self.model,
+            self.train,
+            lambda out, slide: self._losses(out, slide)[0],
+            contrast_with_all(self.loss, self.reports, self.train, config.loss.contrastive_weight),
+            live=config.memory.live,
+            chunk=config.run.encode_chunk,
+            seed=config.run.seed,
+            autocast=self._autocast,
+        )
+        found = probe.measure(self.step // config.run.probe_every, epoch)
+        self._record("fidelity", step=self.step, epoch=epoch, **found, seconds=time.perf_counter() - started)
 
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
@@ -233,19 +270,25 @@ class Trainer:
         self.model.tile_encoder.train(self._encoder_moves(epoch))
         self._set_rates(epoch)
         slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
-        with self._autocast():
-            out = self.model(
-                batch.images.to(self.device, non_blocking=True),
-                slides,
-                tiles,
-                visit=epoch,
-                seed=self.config.run.seed,
-            )
+        exact = self._exact(batch.slides, epoch) if self.config.memory.mode == "exact" else None
+        if exact is not None:
+            out = exact.forward(self._keep)
+        else:
+            with self._autocast():
+                out = self.model(
+                    batch.images.to(self.device, non_blocking=True),
+                    slides,
+                    tiles,
+                    visit=epoch,
+                    seed=self.config.run.seed,
+                )
         self._require_finite("slide embedding", out.embedding, batch)
         loss, parts = self._losses(out, batch.slides)
         self._require_finite("loss", loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if exact is not None and self._encoder_moves(epoch):
+            exact.backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
@@ -255,7 +298,8 @@ class Trainer:
             self._require_finite("gradient", norm, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._write_back(slides, tiles, out)
+        if exact is None:
+            self._write_back(slides, tiles, out)
         rates = {bool(g["encoder"]): g["lr"] for g in self.optimizer.param_groups}
         return {
             "step": self.step,
@@ -295,6 +339,30 @@ class Trainer:
         )
         # a batch in which no slide has a report or label still has a graph, and a zero gradient
         return total + 0.0 * out.embedding.float().sum(), parts
+
+    def _exact(self, slides: Tensor, epoch: int) -> ExactBatch:
+        """All tiles of the slides, augmented as live tiles are."""
+        data, key = self.config.data, self.config.run.seed * 100_003 + epoch
+        return ExactBatch(
+            self.model,
+            slides.tolist(),
+            partial(read_augmented, self.train.reader, data.augment, data.stain, key),
+            [self.train.tiles[slide] for slide in slides.tolist()],
+            chunk=self.config.run.encode_chunk,
+            autocast=self._autocast,
+        )
+
+    def _keep(self, slide: int, tiles: Tensor, features: Tensor) -> None:
+        """Every feature of an exact step goes to the bank, so that codebooks are fitted to what is now."""
+        bad = ~torch.isfinite(features).all(1)
+        if bad.any():
+            name, tile = self.train.records[slide].slide_id, int(tiles[bad.nonzero()[0, 0]])
+            raise FloatingPointError(
+                f"slide {name}, tile {tile}: the encoder's feature is not finite at step {self.step}; the last "
+                "checkpoint is intact. Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
+            )
+        tiles = tiles.to(self.device)
+        self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=self.step + 1)
 
     @torch.no_grad()
     def _write_back(self, slides: Tensor, tiles: Tensor, out: SlideOutput) -> None:
@@ -437,37 +505,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` = CUDA where there is one.
-
-    Raises:
-        ValueError: no such kind of device, or none on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r}: must be auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
-            "see `dre-fast info`"
-        )
-    return device
-
-
-def _board(out: Path, step: int) -> Any:
-    """A TensorBoard writer that drops what a killed run wrote past its checkpoint."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"run.tensorboard needs tensorboard ({error}): pip install 'dre_fast[train]', or set run.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
 
 
 def _freshness(statistics: dict[str, Any]) -> Metrics:

@@ -15,8 +15,9 @@ from train_cohort import tiny_config
 from dre_fast.cli import main
 from dre_fast.nn.tile_encoders import TileEncoder
 from dre_fast.train import state as on_disk
+from dre_fast.train.checks import pick_device
 from dre_fast.train.config import ConfigError, load_config
-from dre_fast.train.loop import Trainer, pick_device
+from dre_fast.train.loop import Trainer
 
 
 def table(root: Path, name: str, change) -> str:
