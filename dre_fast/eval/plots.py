@@ -66,7 +66,8 @@ def draw_staleness(
     Args:
         path: file to write; its suffix decides the format.
         log: lines of a metrics.jsonl; lines of kind "epoch" have bank_age_mean, bank_age_max,
-            bank_never_refreshed, bank_drift_mean and quantiles bank_drift_*.
+            bank_never_refreshed, bank_drift_mean and quantiles bank_drift_*. Lines of kind "fidelity" add a panel:
+            the cosines of slide embedding and encoder gradient with the exact ones.
         statistics: what `MemoryBank.statistics()` gives; adds the histogram of ages.
 
     Raises:
@@ -76,7 +77,8 @@ def draw_staleness(
         raise ValueError(
             "the metrics log holds no statistics of the memory bank to draw (lines of kind 'epoch')"
         )
-    figure, axes = _panels(4 if statistics else 3)
+    probed = any(record.get("kind") == "fidelity" for record in log)
+    figure, axes = _panels(3 + bool(statistics) + probed)
     groups = (
         ("age of rows, steps", [("mean", "bank_age_mean"), ("oldest", "bank_age_max")]),
         ("drift when refreshed, 1 - cos", _drift_keys(log)),
@@ -104,7 +106,21 @@ def draw_staleness(
         axes[3].set_title("ages at the end, rows", fontsize=9, color=INK, loc="left")
         axes[3].set_xlabel("steps since written", fontsize=8, color=MUTED)
         tidy(axes[3])
+    if probed:
+        _draw_fidelity(axes[-1], log)
     return save_figure(figure, path)
+
+
+def _draw_fidelity(axis: Any, log: Log) -> None:
+    for (name, key), colour in zip((("embedding", "embedding"), ("gradient", "gradient")), _colours(2)):
+        x, y = _series(log, "fidelity", "step", key)
+        if len(x):
+            axis.plot(x, y, color=colour, linewidth=1.2, marker=".", markersize=4, label=name)
+    axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
+    axis.set_title("cosine with the exact", fontsize=9, color=INK, loc="left")
+    axis.set_xlabel("step", fontsize=8, color=MUTED)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    tidy(axis)
 
 
 def _drift_keys(log: Log) -> list[tuple[str, str]]:

@@ -79,6 +79,13 @@ def test_staleness_from_the_log_and_from_a_bank(tmp_path: Path):
     bank.write(torch.zeros(6).long(), torch.arange(6), torch.eye(6, 4) + 1, step=0)
     bank.write(torch.ones(5).long(), torch.arange(5), torch.eye(5, 4) + 1, step=3)
     assert is_picture(draw_staleness(tmp_path / "b.png", log(), statistics=bank.statistics(step=4)))
+    fidelity = [
+        {"kind": "fidelity", "step": 10 * i, "embedding": 0.9, "gradient": [0.5, None][i % 2]}
+        for i in range(9)
+    ]
+    plain = draw_staleness(tmp_path / "p.png", log(), statistics=bank.statistics(step=4))
+    probed = draw_staleness(tmp_path / "f.png", log() + fidelity, statistics=bank.statistics(step=4))
+    assert Image.open(probed).size[1] > Image.open(plain).size[1]  # a panel more: a second row
     with pytest.raises(ValueError, match="memory bank"):
         draw_staleness(tmp_path / "n.png", [{"kind": "step", "loss": 1.0}])
 
