@@ -35,7 +35,7 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     chance = random.Random(0)
     left = 0
-    for _ in range(8):
+    for _ in range(6):
         process = subprocess.Popen(
             [sys.executable, "-c", _SAVES, str(path)],
             stdout=subprocess.PIPE,

@@ -48,7 +48,7 @@ def epoch(bank: MemoryBank, memory: str | int, ahead: bool, live: torch.Tensor) 
 
 @pytest.mark.parametrize("memory", ["full", 4096])
 @pytest.mark.parametrize("way", ["memory", "file, read ahead", "file"])
-def test_bank_tiers(benchmark, tmp_path: Path, memory: str | int, way: str) -> None:
+def test_bank_in_steps(benchmark, tmp_path: Path, memory: str | int, way: str) -> None:
     if way != "memory" and native.why_not("host"):
         pytest.skip(f"needs the compiled host part: {native.why_not('host')}")
     bank = make_bank(None if way == "memory" else tmp_path)
