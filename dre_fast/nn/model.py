@@ -92,13 +92,16 @@ class DRESLCL(nn.Module):
         """Codebook C [K, D], fp32."""
         return self.bank.codebook
 
-    def encode_tiles(self, images: Tensor) -> Tensor:
+    def encode_tiles(self, images: Tensor, encoder: nn.Module | None = None) -> Tensor:
         """Images [R, 3, H, W] (uint8, or float in [0, 1]) -> L2-normalised fp32 features [R, D].
+
+        Args:
+            encoder: another tile encoder than the model's, such as a moving average of it.
 
         Raises:
             ValueError: the tile encoder does not return [R, D].
         """
-        features = self.tile_encoder(images)
+        features = (self.tile_encoder if encoder is None else encoder)(images)
         if features.shape != (images.shape[0], self.bank.dim):
             raise ValueError(
                 f"DRESLCL: the tile encoder returned {tuple(features.shape)} for {images.shape[0]} tiles; "

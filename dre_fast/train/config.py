@@ -92,6 +92,10 @@ class MemoryConfig:
     live: int = 32  # m, tiles per slide with gradient
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
     grad_scale: str | float = "none"  # none | unbiased | a number
+    refresh: int = 0  # rows a step encoded again without gradient, the oldest of the step's slides first
+    writer_decay: float = (
+        0.0  # > 0: a moving average of the encoder with this decay (0.99, say) writes the rows
+    )
     refit_every: int = 1  # epochs between warm-started codebook fits; 0: fit once
     kmeans_iterations: int = 10
     tier: str = (
@@ -166,6 +170,12 @@ class Config:
             ConfigError: names the key.
         """
         _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none", "exact"))
+        if not 0 <= self.memory.writer_decay < 1:
+            raise ConfigError(f"memory.writer_decay={self.memory.writer_decay}: must be in [0, 1)")
+        if self.memory.mode == "exact" and (self.memory.refresh or self.memory.writer_decay):
+            raise ConfigError(
+                "memory.refresh and memory.writer_decay have no use with memory.mode=exact: no row is old"
+            )
         _one_of("memory.tier", self.memory.tier, ("device", "host", "file", "auto"))
         if self.memory.tier == "file" and self.memory.folder is None:
             raise ConfigError(
@@ -208,6 +218,7 @@ class Config:
             )
         for key in (
             "data.workers",
+            "memory.refresh",
             "memory.refit_every",
             "memory.retrieved",
             "memory.kmeans_iterations",

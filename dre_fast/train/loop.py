@@ -41,7 +41,8 @@ from dre_fast.train.checks import (
 from dre_fast.train.config import Config, save_config
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
-from dre_fast.train.inference import encode_tiles_of, validate
+from dre_fast.train.inference import validate
+from dre_fast.train.writer import BankWriter
 
 Metrics = dict[str, float | int | str | None]
 
@@ -126,6 +127,14 @@ class Trainer:
         )
         if config.memory.mode == "exact" or config.run.probe_every:
             check_exact(self.model.tile_encoder)
+        self.writer = BankWriter(
+            self.model,
+            self.train,
+            refresh=config.memory.refresh,
+            decay=config.memory.writer_decay,
+            chunk=config.run.encode_chunk,
+            autocast=self._autocast,
+        )
         self.loss = SlideReportLoss(
             kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives
         )
@@ -272,8 +281,11 @@ class Trainer:
         slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
         exact = self._exact(batch.slides, epoch) if self.config.memory.mode == "exact" else None
         if exact is not None:
-            out = exact.forward(self._keep)
+            # every feature goes to the bank, so that codebooks are fitted to what is now
+            out = exact.forward(partial(self.writer.keep, step=self.step + 1))
         else:
+            if self._encoder_moves(epoch) or self._encoder_moved(epoch):  # else no row is out of date
+                self.writer.renew(batch.slides, batch.tiles, step=self.step + 1)
             with self._autocast():
                 out = self.model(
                     batch.images.to(self.device, non_blocking=True),
@@ -298,8 +310,10 @@ class Trainer:
             self._require_finite("gradient", norm, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if exact is None:
-            self._write_back(slides, tiles, out)
+        if self._encoder_moves(epoch):
+            self.writer.follow()
+        if out.live is not None:  # step 0 is the pre-fill
+            self.writer.live(slides, tiles, batch.images, out.live.detach(), step=self.step + 1)
         rates = {bool(g["encoder"]): g["lr"] for g in self.optimizer.param_groups}
         return {
             "step": self.step,
@@ -352,26 +366,6 @@ class Trainer:
             autocast=self._autocast,
         )
 
-    def _keep(self, slide: int, tiles: Tensor, features: Tensor) -> None:
-        """Every feature of an exact step goes to the bank, so that codebooks are fitted to what is now."""
-        bad = ~torch.isfinite(features).all(1)
-        if bad.any():
-            name, tile = self.train.records[slide].slide_id, int(tiles[bad.nonzero()[0, 0]])
-            raise FloatingPointError(
-                f"slide {name}, tile {tile}: the encoder's feature is not finite at step {self.step}; the last "
-                "checkpoint is intact. Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
-            )
-        tiles = tiles.to(self.device)
-        self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=self.step + 1)
-
-    @torch.no_grad()
-    def _write_back(self, slides: Tensor, tiles: Tensor, out: SlideOutput) -> None:
-        assert out.live is not None
-        rows = slides[:, None].expand_as(tiles).reshape(-1)
-        self.model.bank.write(
-            rows, tiles.reshape(-1), out.live.detach().flatten(0, 1), step=self.step + 1
-        )  # step 0 is the pre-fill
-
     def _set_rates(self, epoch: int) -> None:
         optim = self.config.optim
         total = optim.epochs * self.steps_per_epoch
@@ -398,18 +392,7 @@ class Trainer:
 
     def _prefill(self) -> None:
         started = time.perf_counter()
-        for slide in progress(range(len(self.train)), "pre-fill bank", unit="slide"):
-            features = encode_tiles_of(
-                self.model, self.train.reader, slide, self.config.run.encode_chunk, self._autocast
-            )
-            bad = ~torch.isfinite(features).all(1)
-            if bad.any():
-                raise ValueError(
-                    f"slide {self.train.records[slide].slide_id}, tile {int(bad.nonzero()[0])}: the encoder's feature "
-                    f"is not finite ({int(bad.sum())} of {len(bad)} tiles); look at model.encoder_weights, optim.amp"
-                )
-            tiles = torch.arange(len(features), device=self.device)
-            self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=0)
+        self.writer.fill()
         self._record("prefill", tiles=sum(self.train.tiles), seconds=time.perf_counter() - started)
 
     def _fit_codebook(self, *, warm: bool) -> None:
@@ -471,6 +454,7 @@ class Trainer:
             {
                 "model": on_disk.without_bank(self.model.state_dict()),
                 "bank": bank.name,
+                "writer": self.writer.state_dict(),
                 "loss": self.loss.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -495,6 +479,7 @@ class Trainer:
         if missing or unexpected:
             raise ValueError(f"{self.out / on_disk.CHECKPOINT}: of another model: {missing + unexpected}")
         self.model.bank.restore(self.out / state["bank"])
+        self.writer.load_state_dict(state["writer"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

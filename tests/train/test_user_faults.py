@@ -235,7 +235,7 @@ def test_an_encoder_that_gives_nan_is_told_by_slide_and_tile(tiny_cohort, tmp_pa
     trainer = Trainer(tiny_config(tiny_cohort), tmp_path / "run")
     with torch.no_grad():
         next(trainer.model.tile_encoder.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"slide s0, tile 0: .*not finite .*model\.encoder_weights"):
+    with pytest.raises(ValueError, match=r"slide s0, tile 0: .*not finite; .*model\.encoder_weights"):
         trainer.fit()
 
 

@@ -1,0 +1,153 @@
+"""What goes into the bank during training: the first fill, the live rows, the oldest rows again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dre_fast.nn.model import DRESLCL
+from dre_fast.progress import progress
+from dre_fast.train.build import SlideSet
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class BankWriter:
+    """Encodes rows for the bank, with the encoder or its moving average, and writes them.
+
+    A tile that is live is refreshed once in ceil(n/m) visits of its slide. ``refresh`` rows a step are encoded again
+    beside them, without gradient, the oldest of the step's slides first. With ``decay`` the rows come from a moving
+    average of the encoder's weights, which moves more slowly (as in MoCo, He et al. 2020).
+
+    Args:
+        refresh: rows a step, R; 0 for none.
+        decay: of the moving average, in [0, 1); 0 writes what the encoder itself gives.
+        chunk: tiles encoded at once.
+    """
+
+    def __init__(
+        self, model: DRESLCL, slides: SlideSet, *, refresh: int, decay: float, chunk: int, autocast: Autocast
+    ) -> None:
+        self.model, self.slides = model, slides
+        self.refresh, self.chunk, self.autocast = refresh, chunk, autocast
+        self.average: AveragedModel | None = None
+        if decay:
+            self.average = AveragedModel(model.tile_encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
+            self.average.update_parameters(model.tile_encoder)  # its first call copies, later ones average
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Encode and write every tile of every slide, as of step 0.
+
+        Raises:
+            ValueError: a feature that is not finite; names slide and tile.
+        """
+        for slide in progress(range(len(self.slides)), "pre-fill bank", unit="slide"):
+            for tiles in torch.arange(self.slides.tiles[slide]).split(self.chunk):
+                features = self._encode(self.slides.reader.read(slide, tiles))
+                bad = self._first_bad(features)
+                if bad is not None:
+                    raise ValueError(
+                        f"{self._name(slide, tiles[bad])}: the encoder's feature is not finite; look at "
+                        "model.encoder_weights, optim.amp"
+                    )
+                self.keep(slide, tiles, features, step=0)
+
+    @torch.no_grad()
+    def renew(self, slides: Tensor, tiles: Tensor, *, step: int) -> None:
+        """Before a step: encode the oldest rows of its slides again, except the tiles that are live.
+
+        Args:
+            slides: int64 [B]; tiles: int64 [B, m], the live ones; both on the CPU.
+            step: age stamp of the rows.
+        """
+        if not self.refresh:
+            return
+        bank = self.model.bank
+        ages, slide, tile = [], [], []
+        for s, live in zip(slides.tolist(), tiles):
+            age = bank.ages(s).cpu().to(torch.int64)
+            others = torch.ones_like(age, dtype=torch.bool)
+            others[live[live >= 0]] = False
+            number = others.nonzero().squeeze(1)
+            ages.append(age[number])
+            slide.append(torch.full_like(number, s))
+            tile.append(number)
+        oldest = torch.cat(ages).sort(stable=True).indices[: self.refresh]
+        slide_of, tile_of = torch.cat(slide)[oldest], torch.cat(tile)[oldest]
+        for s in slide_of.unique().tolist():  # a slide at a time, as they are read
+            for chosen in tile_of[slide_of == s].sort().values.split(self.chunk):
+                features = self._encode(self.slides.reader.read(s, chosen))
+                self._require_finite(features, s, chosen, step)
+                self.keep(s, chosen, features, step=step)
+
+    @torch.no_grad()
+    def live(self, slides: Tensor, tiles: Tensor, images: Tensor, features: Tensor, *, step: int) -> None:
+        """After a step: write its live rows.
+
+        Args:
+            slides: int64 [B]; tiles: int64 [B, m]; images [B, m, 3, P, P]; features [B, m, D] of the step.
+        """
+        rows = slides[:, None].expand_as(tiles).reshape(-1)
+        found = features.flatten(0, 1)
+        if self.average is not None:
+            found = torch.cat([self._encode(part) for part in images.flatten(0, 1).split(self.chunk)])
+        self.model.bank.write(rows, tiles.reshape(-1), found, step=step)
+
+    @torch.no_grad()
+    def keep(self, slide: int, tiles: Tensor, features: Tensor, *, step: int) -> None:
+        """Write features [c, D] of tiles int64 [c] of one slide.
+
+        Raises:
+            FloatingPointError: one is not finite; names slide and tile.
+        """
+        self._require_finite(features, slide, tiles, step)
+        tiles = tiles.to(features.device)
+        self.model.bank.write(torch.full_like(tiles, slide), tiles, features, step=step)
+
+    def follow(self) -> None:
+        """After the encoder moved: bring the moving average after it."""
+        if self.average is not None:
+            self.average.update_parameters(self.model.tile_encoder)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moving average; empty without one."""
+        return {} if self.average is None else self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        if self.average is not None:
+            self.average.load_state_dict(state)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        encoder: nn.Module = self.model.tile_encoder if self.average is None else self.average
+        training = encoder.training
+        encoder.eval()
+        try:
+            with self.autocast():
+                return self.model.encode_tiles(
+                    images.to(self.model.codebook.device, non_blocking=True), encoder
+                )
+        finally:
+            encoder.train(training)
+
+    @staticmethod
+    def _first_bad(features: Tensor) -> int | None:
+        bad = ~torch.isfinite(features).all(1)
+        return int(bad.nonzero()[0, 0]) if bool(bad.any()) else None
+
+    def _require_finite(self, features: Tensor, slide: int, tiles: Tensor, step: int) -> None:
+        bad = self._first_bad(features)
+        if bad is not None:
+            raise FloatingPointError(
+                f"{self._name(slide, tiles[bad])}: the encoder's feature is not finite at step {step}; the last "
+                "checkpoint is intact. Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
+            )
+
+    def _name(self, slide: int, tile: Tensor) -> str:
+        return f"slide {self.slides.records[slide].slide_id}, tile {int(tile)}"
