@@ -57,6 +57,25 @@ def test_bank_page(tmp_path):
     run("\n".join(page) + check, tmp_path)
 
 
+def test_training_page(tmp_path):
+    page = blocks("docs/training.md")
+    assert len(page) == 1
+    run(
+        page[0] + "\nassert encoder[1].weight.grad.abs().sum() > 0 and out.logits['subtype'].shape == (2, 2)",
+        tmp_path,
+    )
+
+
+def test_lines_of_the_training_page_are_settings():
+    from dre_fast.train.config import load_config
+
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        load_config(None, line.split())
+
+
 def test_every_block_is_tested():
     assert len(BLOCKS) == 2
 
