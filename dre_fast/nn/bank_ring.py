@@ -292,17 +292,22 @@ class SlabRing:
             self._reap()
 
     def forget(self, slide: int) -> None:
-        """Drop a slide, and what was written to it since it was read.
+        """Drop a slide, and what was written to it since it was read. No write of its rows is under way afterwards.
 
         Raises:
             RuntimeError: it is leased.
         """
         with self._lock:
             slab = self.slabs.get(slide)
+            if slab is not None and slab.leases:
+                raise RuntimeError(f"MemoryBank: slide {slide} is in use and cannot leave memory")
+            for left, job in self._leaving:
+                if left.slide == slide:
+                    with suppress(OSError):  # rows that are not wanted any more
+                        self.file.wait(job)
+            self._leaving = [(left, job) for left, job in self._leaving if left.slide != slide]
             if slab is None:
                 return
-            if slab.leases:
-                raise RuntimeError(f"MemoryBank: slide {slide} is in use and cannot leave memory")
             self._finish(slab)
             del self.slabs[slide]
             slab.dirty.clear()

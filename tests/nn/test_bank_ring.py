@@ -38,8 +38,8 @@ class Kernel:
 
 
 class Setup:
-    def __init__(self, folder: Path) -> None:
-        self.file = RowFile(str(folder), SLIDES * N, WIDTH, CACHED, 3)
+    def __init__(self, folder: Path, threads: int = 3) -> None:
+        self.file = RowFile(str(folder), SLIDES * N, WIDTH, CACHED, threads)
         self.content = self.file.map().reshape(SLIDES * N, WIDTH)
         self.content[:] = np.arange(SLIDES * N)[:, None]
         self.memory = self.file.ring().reshape(CACHED, WIDTH)
@@ -248,6 +248,25 @@ def test_forgetting_drops_what_was_written(given: Setup) -> None:
     assert 2 not in given.resident()
     given.use(2)
     assert given.content[20, 0] == 20
+
+
+def test_no_write_comes_after_a_slide_was_forgotten(tmp_path: Path) -> None:
+    """Its rows in the file may be given to another slide at once."""
+    given = Setup(tmp_path, threads=1)
+    with given.lease(2) as (slab,):
+        given.memory[slab.first] = 255
+        given.ring.wrote(2, np.array([0]))
+    given.use(5, 6, 7)
+    busy = [given.file.read(0, 5, 40, []) for _ in range(20_000)]  # what the only thread does first
+    given.ring.prefetch(given.places(8, 9))  # takes the place of slide 2, whose row goes to the file now
+    assert 2 not in given.resident()
+    given.ring.forget(2)
+    given.content[20:30] = 0
+    for job in busy:
+        given.file.wait(job)
+    given.ring.flush()
+    assert not given.content[20:30].any()
+    given.file.close()
 
 
 def test_clear_writes_everything_first(given: Setup) -> None:

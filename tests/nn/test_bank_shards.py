@@ -91,6 +91,13 @@ def test_into_a_file_and_on(tmp_path: Path) -> None:
     bank.close()
 
 
+def test_a_rank_without_slides_has_its_shard(tmp_path: Path) -> None:
+    save(tmp_path, [[], [7, 0], []])
+    loaded, numbers = MemoryBank.load_shards(tmp_path)
+    assert numbers.tolist() == [0, 7]
+    assert_equal(loaded, filled([0, 7], loaded.codebook))
+
+
 def test_removed_slides_are_left_out(tmp_path: Path) -> None:
     bank = filled([7, 0, 3], torch.randn(K, D))
     bank.remove_slide(1)
