@@ -90,7 +90,8 @@ class MemoryBank(BankFiles):
         Args:
             slides, tiles: int64 [R] (or broadcastable to it); -1 in either skips the row. When a row is given
                 more than once the last one counts.
-            features: [R, D], any floating dtype; need not be normalised. No gradient is kept.
+            features: [R, D], any floating dtype (or what ``torch.as_tensor`` takes); need not be normalised. No gradient
+                is kept.
             step: current step, 0 .. 2^31 - 1; becomes the rows' age stamp. Use 0 for the initial fill.
 
         Raises:
@@ -98,6 +99,7 @@ class MemoryBank(BankFiles):
                 Nothing is written then.
         """
         slides, tiles = self._rows(slides, tiles)
+        features = torch.as_tensor(features)
         if features.shape != (tiles.shape[0], self.dim):
             raise ValueError(
                 f"MemoryBank.write: features must be [{tiles.shape[0]}, {self.dim}] for these ids, "

@@ -202,4 +202,6 @@ def _resolved(
     place = torch.empty(0, device=device).device
     budget, folder = placement.get("budget"), placement.get("folder")
     tier = choose_tier(rows, dim, row, slides, codewords, place, budget, folder)
-    return {**placement, "tier": tier}
+    if tier != "file":
+        return {"tier": tier}
+    return {"tier": tier, "folder": folder, "cache": placement.get("cache")}

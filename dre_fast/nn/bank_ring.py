@@ -136,7 +136,7 @@ class SlabRing:
                 slab.leases -= 1
             slide, _, rows = slides[len(held)]
             raise ValueError(
-                f"MemoryBank: slide {slide} ({rows:,} tiles) finds no room: the {len(slides)} slides of this call have "
+                f"MemoryBank: slide {slide} ({rows:,} tiles) finds no room: the slides of this call ({len(slides)}) have "
                 f"{sum(n for _, _, n in slides):,} rows, the cache in memory holds {self.rows:,}. Make the cache larger "
                 "or the batch smaller"
             )

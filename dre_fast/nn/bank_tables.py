@@ -57,6 +57,10 @@ class BankTables(nn.Module):
         rows, slides, k = int(lengths.sum()), lengths.shape[0], known.shape[0]
         if tier == "auto":
             tier = choose_tier(rows, dim, row, slides, k, place, budget, folder)
+            if tier != "file":
+                folder = cache = None
+        elif budget is not None:
+            raise ValueError(f"MemoryBank: budget= is for tier='auto', not for tier={tier!r}")
         self._placement = Placement(tier, dim, row, place, folder, cache)
         checks.check_fits(rows, dim, row, slides, k, place, tier=tier)
 

@@ -31,7 +31,7 @@ class Placement:
         cache: tier "file": bytes of memory for slabs.
 
     Raises:
-        ValueError: an unknown tier, or a folder missing, or one given where there is no file.
+        ValueError: an unknown tier, no folder for a file, or a folder or cache where there is none.
     """
 
     def __init__(
@@ -47,6 +47,10 @@ class Placement:
             raise ValueError(f"MemoryBank: tier must be one of {', '.join((*TIERS, 'auto'))}, got {tier!r}")
         if tier == "file" and folder is None:
             raise ValueError("MemoryBank: tier='file' needs folder=, where the rows lie")
+        if tier != "file" and (folder is not None or cache is not None):
+            raise ValueError(
+                f"MemoryBank: folder= and cache= are for tier='file' or 'auto', not for tier={tier!r}"
+            )
         self.tier, self.dim, self.dtype, self.device = tier, dim, dtype, device
         self.folder = None if folder is None else Path(folder)
         self.cache = None if cache is None else to_bytes(cache)
@@ -123,10 +127,11 @@ def choose_tier(
     if device.type == "cuda" and (host is None or checks.payload_bytes(rows, dim, dtype) <= host):
         return "host"
     if folder is None:
+        need = checks.table_bytes(rows, dim, dtype, slides, codewords) / 1e9
+        where = "into host memory, nor " if device.type == "cuda" else ""
         raise ValueError(
-            f"MemoryBank: {checks.table_bytes(rows, dim, dtype, slides, codewords) / 1e9:.1f} GB fit neither into the "
-            f"budget of {0 if limit is None else limit / 1e9:.1f} GB on {device} nor into host memory: give folder=, "
-            "for rows in a file"
+            f"MemoryBank: {need:.1f} GB do not fit {where}into the {limit / 1e9:.1f} GB that the bank may take on "
+            f"{device}: give folder=, for rows in a file"
         )
     return "file"
 

@@ -19,7 +19,7 @@ from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
 from dre_fast.nn.tile_encoders import TileEncoder, build_tile_encoder, load_hipt_checkpoint
-from dre_fast.train.config import Config
+from dre_fast.train.config import Config, MemoryConfig
 
 
 @dataclass
@@ -136,10 +136,7 @@ def build_model(
         dim,
         dtype=memory.dtype,
         device=device,
-        tier=memory.tier if bank_tiles else "device",
-        folder=memory.folder,
-        cache=memory.cache,
-        budget=memory.budget,
+        **_placement(memory if bank_tiles else MemoryConfig()),
     )
     return DRESLCL(
         encoder,
@@ -158,6 +155,16 @@ def build_model(
         grad_scale=memory.grad_scale,
         normalize=config.model.normalize,
     ).to(device)
+
+
+def _placement(memory: MemoryConfig) -> dict[str, Any]:
+    """The arguments of the bank's tier; settings of another tier are left out, so that a run may change it."""
+    found: dict[str, Any] = {"tier": memory.tier}
+    if memory.tier in ("file", "auto"):
+        found.update(folder=memory.folder, cache=memory.cache)
+    if memory.tier == "auto":
+        found["budget"] = memory.budget
+    return found
 
 
 def load_encoder_weights(encoder: TileEncoder, path: str | Path) -> None:

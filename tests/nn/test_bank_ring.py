@@ -140,7 +140,8 @@ def test_kernels_under_way_keep_their_slides(given: Setup) -> None:
 
 def test_slides_that_do_not_fit_together_are_refused_and_nothing_stays_leased(given: Setup) -> None:
     with pytest.raises(
-        ValueError, match=r"slide 4 \(10 tiles\) finds no room: the 5 slides.*50 rows.*holds 45"
+        ValueError,
+        match=r"slide 4 \(10 tiles\) finds no room: the slides of this call \(5\).*50 rows.*holds 45",
     ):
         given.use(0, 1, 2, 3, 4)
     with pytest.raises(ValueError, match="finds no room"), given.ring.lease([(19, 0, 46)], lambda: None):

@@ -125,6 +125,18 @@ def test_files_and_state_dicts_are_those_of_any_other_bank(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_loading_chooses_a_tier_by_the_size_of_the_file(tmp_path: Path) -> None:
+    memory, file = filled(tmp_path)
+    file.close()
+    memory.save(tmp_path / "a.safetensors")
+    where = {"tier": "auto", "folder": tmp_path, "cache": "10kB"}
+    for budget, tier in (("1kB", "file"), ("1GB", "device")):
+        loaded = MemoryBank.load(tmp_path / "a.safetensors", budget=budget, **where)
+        assert loaded.tier == tier
+        assert_same(memory, loaded)
+        loaded.close()
+
+
 def test_slides_are_added_and_removed(tmp_path: Path) -> None:
     memory, file = filled(tmp_path)
     for bank in (memory, file):
@@ -150,7 +162,7 @@ def test_more_slides_than_the_cache_holds_are_refused_with_the_numbers(tmp_path:
     _, file = filled(tmp_path)
     everything = torch.arange(len(LENGTHS))
     with pytest.raises(
-        ValueError, match=r"8 slides of this call have 236 rows, the cache in memory holds 140"
+        ValueError, match=r"slides of this call \(8\) have 236 rows, the cache in memory holds 140"
     ):
         file.encode(everything, torch.zeros(8, 1, dtype=torch.int64), torch.randn(8, 1, D))
     file.encode(everything[:3], torch.zeros(3, 1, dtype=torch.int64), torch.randn(3, 1, D))
@@ -190,6 +202,9 @@ def test_what_cannot_be_done_with_a_file_says_so(tmp_path: Path) -> None:
     [
         ({"tier": "ram"}, "tier must be one of device, host, file, auto, got 'ram'"),
         ({"tier": "file"}, "tier='file' needs folder="),
+        ({"folder": "."}, "folder= and cache= are for tier='file' or 'auto', not for tier='device'"),
+        ({"tier": "host", "cache": "1MB"}, "not for tier='host'"),
+        ({"budget": "1MB"}, "budget= is for tier='auto', not for tier='device'"),
         ({"tier": "file", "folder": ".", "cache": "lots"}, "a size in bytes such as"),
         ({"tier": "file", "folder": ".", "cache": 31}, "a cache of 31 bytes holds no row of 32 bytes"),
     ],
@@ -229,8 +244,15 @@ def test_the_first_tier_that_holds_the_bank_is_chosen(
     assert chosen(6e8) == "file"
     assert chosen(6e8, device=cpu) == "file"
     assert chosen(1e8, device=cpu) == "device"
-    with pytest.raises(ValueError, match=r"fit neither into the budget of 80.0 GB on cuda nor.*give folder="):
+    with pytest.raises(
+        ValueError, match=r"do not fit into host memory, nor into the 80.0 GB .*on cuda: give folder="
+    ):
         chosen(6e8, folder=None)
+    with pytest.raises(
+        ValueError, match=r"1.0 GB do not fit into the 0.5 GB that the bank may take on cpu: give folder="
+    ):
+        choose_tier(2_500_000, 384, torch.int8, 10, 8, cpu, "0.5GB", None)
+    assert MemoryBank([100], D, tier="auto", folder=tmp_path, cache="1MB", budget="1GB").tier == "device"
     free["cpu"] = 10_000
     bank = MemoryBank([100, 200], D, tier="auto", folder=tmp_path)
     assert bank.tier == "file"
