@@ -261,7 +261,7 @@ TestReferenceBank = ReferenceMachine.TestCase
 TestReferenceBank.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 TestBankInAFile = FileMachine.TestCase
 TestBankInAFile.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
-LONG = settings(max_examples=60, stateful_step_count=50, deadline=None)
+LONG = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.slow
