@@ -1,7 +1,12 @@
 // Reads of the bank on the CPU: stored rows, and what the running sums hold of a slide's other rows.
 // The specification is dre_fast/reference/bank.py: read, rest.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -11,7 +16,29 @@ namespace dre_fast {
 namespace {
 
 constexpr int64_t kWords = 16;  // codewords of a task: a slide's sums are large enough to be shared out
-constexpr int64_t kRows = 256;  // rows of a task
+constexpr int64_t kRows = 64;   // rows of a task
+constexpr int64_t kAhead = 8;   // rows lie anywhere in the bank: they are asked for this many before their turn
+
+// Inlined: GCC takes a function that only prefetches for one without effect, and drops its calls.
+[[gnu::always_inline]] inline void prefetch(const BankRows& b, int64_t row) {
+  const char* p = b.row(row);
+  for (int64_t at = 0; at < b.dim * element_bytes(b.format); at += 64) __builtin_prefetch(p + at);
+  if (b.scale) __builtin_prefetch(b.scale + row);
+}
+
+// malloc maps results of this size anew for each call. Touching them 4 KB at a time then takes longer than the read, so
+// pages of 2 MB are asked for; where the system has none to give, nothing changes.
+constexpr int64_t kMappedAnew = 32 << 20;
+constexpr uintptr_t kLargePage = 2 << 20;
+
+void ask_for_large_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < kMappedAnew) return;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kLargePage * kLargePage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kLargePage - 1) / kLargePage * kLargePage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // The rows of a bag that are live and stored, and their codes; -1 where there is none.
 struct Live {
@@ -31,8 +58,11 @@ Live live_rows(const BankRest& r, int64_t bag) {
     STD_TORCH_CHECK(
         row >= 0 && row < r.rows_total, "bank_rest: tile ", tile, " of slide ", slide, " is row ", row,
         ", outside the bank's ", r.rows_total);
+    const int16_t code = r.code[row];
+    STD_TORCH_CHECK(
+        code < r.codewords, "bank_rest: row ", row, " has code ", code, ", there are ", r.codewords, " codewords");
     live.row[i] = row;
-    live.code[i] = r.code[row];
+    live.code[i] = code;
   }
   return live;
 }
@@ -53,6 +83,8 @@ void rest(
       const int64_t words = std::min(kWords, r.codewords - first);
       const int64_t cell = r.bag_slide[bag] * r.codewords + first;
       const Live& rows = live[bag];
+      for (int64_t i = 0; i < r.live; ++i)
+        if (rows.code[i] >= first && rows.code[i] < first + words) prefetch(r, rows.row[i]);
       int64_t left[kWords];
       bool changed[kWords] = {};
       std::copy_n(r.counts + cell, words, left);
@@ -89,9 +121,12 @@ void bank_read_cpu(const BankRead& r, float* out) {
   for (int64_t i = 0; i < r.rows; ++i)
     STD_TORCH_CHECK(
         r.index[i] < r.rows_total, "bank_read: row ", r.index[i], " is outside the bank's ", r.rows_total);
+  ask_for_large_pages(out, r.rows * r.dim * static_cast<int64_t>(sizeof(float)));
   torch::stable::parallel_for(0, (r.rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> z(padded(r.dim));
-    for (int64_t i = begin * kRows; i < std::min(r.rows, end * kRows); ++i) {
+    const int64_t last = std::min(r.rows, end * kRows);
+    for (int64_t i = begin * kRows; i < last; ++i) {
+      if (i + kAhead < last && r.index[i + kAhead] >= 0) prefetch(r, r.index[i + kAhead]);
       const int64_t row = r.index[i];
       float* to = out + i * r.dim;
       if (row < 0) {

@@ -13,6 +13,7 @@ from dre_fast.nn import bank_checks as checks
 from dre_fast.nn.bank_files import BankFiles
 from dre_fast.nn.bank_rows import Rows
 from dre_fast.nn.bank_stats import Freshness, measure
+from dre_fast.nn.bank_tables import are_ids
 from dre_fast.ops import bank as ops
 from dre_fast.ops.encode import encode_stored, hard_encode
 from dre_fast.reference.layout import kept_rows
@@ -303,7 +304,7 @@ class MemoryBank(BankFiles):
                 f"MemoryBank.encode: slides [B], tiles [B, m], live [B, m, {self.dim}] do not fit: got "
                 f"{list(slides.shape)}, {list(tiles.shape)}, {list(live.shape)}"
             )
-        if tiles.is_floating_point() or not live.is_floating_point():
+        if not are_ids(tiles) or not live.is_floating_point():
             raise ValueError(
                 f"MemoryBank.encode: tiles must be integers and live floating point, got {tiles.dtype} and "
                 f"{live.dtype}"
@@ -402,10 +403,10 @@ class MemoryBank(BankFiles):
         slides, tiles = torch.broadcast_tensors(
             torch.as_tensor(slides, device=device), torch.as_tensor(tiles, device=device)
         )
-        if tiles.ndim != 1 or tiles.is_floating_point() or slides.is_floating_point():
+        if tiles.ndim != 1 or not (are_ids(tiles) and are_ids(slides)):
             raise ValueError(
-                f"MemoryBank: slides and tiles must be integers [R], got {slides.dtype} and {tiles.dtype} "
-                f"{list(tiles.shape)}"
+                "MemoryBank: slides and tiles must be integers in one dimension, [R], got "
+                f"{slides.dtype} and {tiles.dtype} {list(tiles.shape)}"
             )
         return slides.to(torch.int64), tiles.to(torch.int64)
 

@@ -44,6 +44,14 @@ def can_look() -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+def size_text(size: float) -> str:
+    """Bytes for people: "61.0 GB", "2.5 MB", "31 bytes" (powers of 1000)."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{int(size)} bytes"
+
+
 def table_bytes(rows: int, dim: int, dtype: torch.dtype, slides: int, codewords: int) -> int:
     """Bytes of all tables of a bank: rows with scale, code, age and drift; sums and counts of slides."""
     small = rows * (4 * has_scale(dtype) + 2 + 4 + 4)
@@ -104,21 +112,21 @@ def check_fits(
     payload = payload_bytes(rows, dim, dtype)
     if device.type == "cpu" and tier == "host":
         tier = "device"
-    if tier == "device":
-        needs = [(need - holds, device)]
-    else:
-        needs = [(need - payload - holds, device)]
-        if tier == "host":
-            needs.append((payload, torch.device("cpu")))
-    for size, where in needs:
+    smaller = "" if dtype.itemsize == 1 else "dtype='int8', "
+    fewer = f"{smaller}fewer slides or codewords, another device"
+    all_tables = (need - holds, device, "", f"{fewer} or tier ('host', 'file')")
+    small = (need - payload - holds, device, " for all but the rows", fewer)
+    needs = [all_tables] if tier == "device" else [small]
+    if tier == "host":
+        needs.append((payload, torch.device("cpu"), " for the rows", f"{smaller}or tier='file'"))
+    for size, where, what, instead in needs:
         free = free_bytes(where)
         if free is None or size <= free:
             continue
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"MemoryBank: {rows:,} rows x {dim} {name}, with sums of {slides:,} slides x {codewords} words, "
-            f"needs {size / 1e9:.1f} GB; {free / 1e9:.1f} GB free on {where}. Use a smaller row format "
-            f"(dtype='int8'), fewer slides or codewords, another device, or another tier ('host', 'file')"
+            f"MemoryBank: {rows:,} rows x {dim} {name}, with sums of {slides:,} slides x {codewords} words, needs "
+            f"{size_text(size)}{what}; {size_text(free)} free on {where}. Use {instead}"
         )
 
 
@@ -211,6 +219,11 @@ def check_codebook(codebook: Tensor, dim: int) -> Tensor:
     Raises:
         ValueError: wrong shape, K not in 1..32767, or a codeword that is not finite.
     """
+    if not isinstance(codebook, Tensor):
+        raise ValueError(
+            f"MemoryBank: codebook must be a tensor [K, {dim}], got {type(codebook).__name__} "
+            "(fit_codebook returns the codebook and its inertia)"
+        )
     if codebook.ndim != 2 or codebook.shape[1] != dim:
         raise ValueError(f"MemoryBank: codebook must be [K, {dim}], got {list(codebook.shape)}")
     if not 1 <= codebook.shape[0] <= MAX_CODEWORDS:

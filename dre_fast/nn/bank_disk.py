@@ -55,15 +55,15 @@ class FileRows:
             raise RuntimeError(f"MemoryBank: rows in a file need the compiled host part: {missing}")
         self.folder, self.dtype, self.device = folder, dtype, device
         width = padded_dim(dim, dtype)
-        self._row_bytes = width * dtype.itemsize
+        self.row_bytes = width * dtype.itemsize
         self._width = width
-        cached = cache_bytes // self._row_bytes
+        cached = cache_bytes // self.row_bytes
         if cached < 1:
             raise ValueError(
-                f"MemoryBank: a cache of {cache_bytes:,} bytes holds no row of {self._row_bytes} bytes"
+                f"MemoryBank: a cache of {cache_bytes:,} bytes holds no row of {self.row_bytes} bytes"
             )
         host: Any = importlib.import_module("dre_fast._host")
-        self._file = host.RowFile(str(folder), rows, self._row_bytes, cached, _THREADS)
+        self._file = host.RowFile(str(folder), rows, self.row_bytes, cached, _THREADS)
         self.ring = SlabRing(self._file, cached)
         memory = torch.from_numpy(self._file.ring())
         self._pinned = PinnedView(memory, device) if device.type == "cuda" else None
@@ -158,7 +158,7 @@ class FileRows:
 
     def statistics(self) -> dict[str, float]:
         """See :meth:`dre_fast.MemoryBank.cache_statistics`."""
-        return {**self.ring.statistics(), **self._file.statistics(), "row_bytes": self._row_bytes}
+        return {**self.ring.statistics(), **self._file.statistics(), "row_bytes": self.row_bytes}
 
     def close(self) -> None:
         """Stop the threads; the file is gone with the last tensor that maps it."""

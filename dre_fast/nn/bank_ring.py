@@ -135,10 +135,11 @@ class SlabRing:
             for slab in held:
                 slab.leases -= 1
             slide, _, rows = slides[len(held)]
+            together = sum(n for _, _, n in slides)
             raise ValueError(
                 f"MemoryBank: slide {slide} ({rows:,} tiles) finds no room: the slides of this call ({len(slides)}) have "
-                f"{sum(n for _, _, n in slides):,} rows, the cache in memory holds {self.rows:,}. Make the cache larger "
-                "or the batch smaller"
+                f"{together:,} rows, the cache in memory holds {self.rows:,}. Make cache= (memory.cache) at least "
+                f"{together / self.rows:.1f} times as large, or give fewer slides at once"
             )
         return held
 

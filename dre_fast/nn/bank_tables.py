@@ -72,6 +72,7 @@ class BankTables(nn.Module):
         tables["codebook"] = known.to(place, copy=True)
         for name in checks.TABLES:
             self.register_buffer(name, tables[name])
+        self._check_cache(lengths)
 
     # ------------------------------------------------------------------ what it is
 
@@ -189,6 +190,7 @@ class BankTables(nn.Module):
             else:
                 starts.append(rows)
                 rows += n
+        self._check_cache(torch.tensor(lengths))
         s, k, new_rows = self.num_slides, self.codebook.shape[0], rows - self.payload.shape[0]
         self._check_fits(rows, s + len(lengths), k)  # the old tables stay until the new ones are filled
         if new_rows:
@@ -276,6 +278,7 @@ class BankTables(nn.Module):
         """Take over checked tables of any size, converting the rows when their format differs."""
         rows, k, device = tables["payload"].shape[0], tables["codebook"].shape[0], self.device
         self._check_fits(rows, tables["start"].shape[0], k, holds=self.nbytes)
+        self._check_cache(tables["length"])
         convert = tables["payload"].dtype != self.dtype
         if convert or tables["payload"].shape != self.payload.shape:
             self.payload = self._placement.blank(rows)
@@ -390,6 +393,18 @@ class BankTables(nn.Module):
             rows, self.dim, self.dtype, slides, codewords, self.device, holds=holds, tier=self.tier
         )
 
+    def _check_cache(self, lengths: Tensor) -> None:
+        """Rows in a file: the cache must hold any one slide."""
+        if self._file is None or not lengths.numel():
+            return
+        cached, most = self._file.ring.rows, int(lengths.max())
+        if most > cached:
+            need = checks.size_text(most * self._file.row_bytes)
+            raise ValueError(
+                f"MemoryBank: cache= holds {cached:,} rows, the largest slide has {most:,}: it needs at least "
+                f"{need}, and should hold the slides of a few steps"
+            )
+
     def _stored(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Payload, scales and numbers of the rows ``rows`` on the bank's device, where they lie if they lie there."""
         if self.payload.device == self.device:
@@ -400,7 +415,7 @@ class BankTables(nn.Module):
 
     def _slide_ids(self, slides: Tensor) -> Tensor:
         slides = torch.as_tensor(slides, device=self.device)
-        if slides.ndim != 1 or slides.is_floating_point():
+        if slides.ndim != 1 or not are_ids(slides):
             raise ValueError(
                 f"MemoryBank: slides must be integers [B], got {slides.dtype} {list(slides.shape)}"
             )
@@ -443,6 +458,11 @@ def _blank_rows(rows: int, dtype: torch.dtype, device: torch.device) -> dict[str
         "age": torch.full((rows,), -1, dtype=torch.int32, device=device),
         "drift": torch.zeros(rows, device=device),
     }
+
+
+def are_ids(ids: Tensor) -> bool:
+    """Integers; a mask is none, though its values could be taken for 0 and 1."""
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
 def _lengths(tiles_per_slide: Sequence[int] | Tensor, first: int = 0) -> Tensor:

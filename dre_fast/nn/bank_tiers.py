@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -68,7 +69,7 @@ class Placement:
         size = rows * width * self.dtype.itemsize
         if self.folder is not None and self.tier == "file":
             self._check_disk(size, rows)
-            cache = min(max(size, _CACHE[0]), _CACHE[1]) if self.cache is None else self.cache
+            cache = self._cache_bytes(size)
             made = FileRows(self.folder, rows, self.dim, self.dtype, cache, self.device)
             self.close()
             self.file = made
@@ -99,13 +100,26 @@ class Placement:
 
     def _check_disk(self, size: int, rows: int) -> None:
         assert self.folder is not None
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "MemoryBank: folder= names no folder", str(self.folder))
         free = shutil.disk_usage(self.folder).free
         if size > free:
             name = str(self.dtype).removeprefix("torch.")
             raise ValueError(
-                f"MemoryBank: {rows:,} rows x {self.dim} {name} need {size / 1e9:.1f} GB; {free / 1e9:.1f} GB free in "
-                f"{self.folder}. Use a smaller row format (dtype='int8') or another folder"
+                f"MemoryBank: {rows:,} rows x {self.dim} {name} need {checks.size_text(size)} of disk; "
+                f"{checks.size_text(free)} free in {self.folder}. Use another folder"
+                f"{'' if self.dtype.itemsize == 1 else ', or dtype=' + repr('int8')}"
             )
+
+    def _cache_bytes(self, size: int) -> int:
+        if self.cache is None:
+            return min(max(size, _CACHE[0]), _CACHE[1])
+        free = checks.free_bytes(torch.device("cpu"))
+        if free is not None and self.cache > free:
+            raise ValueError(
+                f"MemoryBank: cache= of {checks.size_text(self.cache)}; {checks.size_text(free)} of memory are free"
+            )
+        return self.cache
 
 
 def choose_tier(
@@ -127,10 +141,10 @@ def choose_tier(
     if device.type == "cuda" and (host is None or checks.payload_bytes(rows, dim, dtype) <= host):
         return "host"
     if folder is None:
-        need = checks.table_bytes(rows, dim, dtype, slides, codewords) / 1e9
+        need = checks.size_text(checks.table_bytes(rows, dim, dtype, slides, codewords))
         where = "into host memory, nor " if device.type == "cuda" else ""
         raise ValueError(
-            f"MemoryBank: {need:.1f} GB do not fit {where}into the {limit / 1e9:.1f} GB that the bank may take on "
+            f"MemoryBank: {need} do not fit {where}into the {checks.size_text(limit)} that the bank may take on "
             f"{device}: give folder=, for rows in a file"
         )
     return "file"
@@ -150,5 +164,5 @@ def to_bytes(size: int | str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise ValueError(f"a size in bytes such as 8000000, '500 MB' or '8GB', got {size!r}")
+        raise ValueError(f"a size in bytes such as 8000000, '500 MB' or '8GB' (powers of 1000), got {size!r}")
     return value

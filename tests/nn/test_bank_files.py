@@ -173,5 +173,5 @@ def test_a_file_too_large_for_the_memory_is_refused(tmp_path: Path, monkeypatch:
     path = tmp_path / "bank.safetensors"
     filled().save(path)
     monkeypatch.setattr(bank_checks, "free_bytes", lambda device: 100)
-    with pytest.raises(ValueError, match=r"50 rows x 12 int8.*GB free"):
+    with pytest.raises(ValueError, match=r"50 rows x 12 int8.*needs 3.3 kB; 100 bytes free"):
         MemoryBank.load(path)

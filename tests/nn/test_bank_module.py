@@ -357,9 +357,9 @@ def test_a_bank_larger_than_the_free_memory_is_refused_with_the_numbers(
         MemoryBank([10_000] * 20_000, 384)
     bank = filled()
     monkeypatch.setattr(bank_checks, "free_bytes", lambda device: 0)
-    with pytest.raises(ValueError, match="GB free"):
+    with pytest.raises(ValueError, match="0 bytes free on cpu"):
         bank.add_slide(100)
-    with pytest.raises(ValueError, match="GB free"):
+    with pytest.raises(ValueError, match="0 bytes free on cpu"):
         bank.set_codebook(torch.randn(K + 1, D))
     bank.set_codebook(torch.randn(K, D))  # the same size needs no memory
     assert bank.num_slides == len(LENGTHS)
@@ -630,3 +630,17 @@ def test_statistics_of_an_unwritten_and_an_empty_bank() -> None:
         assert got["age_mean"] is None
         assert got["drift"]["q50"] is None
     assert MemoryBank([5], D).statistics(0)["never_written"] == 1.0
+
+
+def test_what_looks_like_ids_or_a_codebook_but_is_not() -> None:
+    bank = filled()
+    with pytest.raises(ValueError, match=r"integers in one dimension.*torch.bool"):
+        bank.write(0, torch.tensor([True, False]), torch.randn(2, D), step=1)
+    with pytest.raises(ValueError, match=r"integers in one dimension.*\[\]"):
+        bank.read(0, 1)
+    with pytest.raises(ValueError, match="slides must be integers"):
+        bank.sample(torch.tensor([True]), 2, 0, 0)
+    with pytest.raises(ValueError, match=r"codebook must be a tensor.*got tuple .fit_codebook returns"):
+        bank.set_codebook((torch.randn(K, D), 1.0))  # type: ignore[arg-type]
+    bank.write(0, [1], torch.ones(1, D).numpy(), step=3)  # type: ignore[arg-type]
+    assert bank.ages(0)[1] == 3

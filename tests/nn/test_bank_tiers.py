@@ -220,11 +220,11 @@ def test_a_disk_without_room_is_refused_with_the_numbers(
     usage = lambda folder: SimpleNamespace(free=3_000_000_000)  # noqa: E731
     monkeypatch.setattr(bank_tiers.shutil, "disk_usage", usage)
     with pytest.raises(
-        ValueError, match=r"20,000,000 rows x 384 int8 need 7.7 GB; 3.0 GB free in .*another folder"
+        ValueError, match=r"20,000,000 rows x 384 int8 need 7.7 GB of disk; 3.0 GB free in .*another folder"
     ):
         MemoryBank([20_000_000], 384, tier="file", folder=tmp_path, cache="1MB")
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"folder= names no folder.*nowhere"):
         MemoryBank([2], 384, tier="file", folder=tmp_path / "nowhere")
 
 
@@ -249,7 +249,7 @@ def test_the_first_tier_that_holds_the_bank_is_chosen(
     ):
         chosen(6e8, folder=None)
     with pytest.raises(
-        ValueError, match=r"1.0 GB do not fit into the 0.5 GB that the bank may take on cpu: give folder="
+        ValueError, match=r"995.3 MB do not fit into the 500.0 MB that the bank may take on cpu: give folder="
     ):
         choose_tier(2_500_000, 384, torch.int8, 10, 8, cpu, "0.5GB", None)
     assert MemoryBank([100], D, tier="auto", folder=tmp_path, cache="1MB", budget="1GB").tier == "device"
@@ -257,6 +257,25 @@ def test_the_first_tier_that_holds_the_bank_is_chosen(
     bank = MemoryBank([100, 200], D, tier="auto", folder=tmp_path)
     assert bank.tier == "file"
     bank.close()
+
+
+def test_a_cache_too_small_for_a_slide_or_too_large_for_the_memory_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"tier": "file", "folder": tmp_path}
+    message = r"cache= holds 10 rows, the largest slide has 77: it needs at least 2.5 kB"
+    with pytest.raises(ValueError, match=message):
+        MemoryBank(LENGTHS, D, cache=320, **where)
+    bank = MemoryBank([10], D, cache=320, **where)
+    with pytest.raises(ValueError, match="the largest slide has 11"):
+        bank.add_slide(11)
+    assert bank.num_slides == 1
+    with pytest.raises(RuntimeError, match="the largest slide has 77"):
+        bank.load_state_dict(MemoryBank(LENGTHS, D).state_dict())
+    assert bank.num_slides == 1
+    monkeypatch.setattr(bank_checks, "free_bytes", lambda device: 10**9)
+    with pytest.raises(ValueError, match=r"cache= of 2.0 GB; 1.0 GB of memory are free"):
+        MemoryBank([10], D, cache="2GB", **where)
 
 
 @pytest.mark.parametrize(
