@@ -11,9 +11,9 @@ from torch.nn.functional import cosine_similarity
 
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
-from dre_fast.train.batches import epoch_order
 from dre_fast.train.build import Reports, SlideSet
 from dre_fast.train.exact import Autocast, ExactBatch
+from dre_fast.train.samplers import epoch_order
 
 
 def measure_fidelity(

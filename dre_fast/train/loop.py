@@ -21,7 +21,8 @@ from dre_fast.nn.model import SlideOutput
 from dre_fast.nn.supervised import supervised_loss
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
-from dre_fast.train.batches import Batch, epoch_batches, epoch_slides, read_augmented
+from dre_fast.train.augment import read_augmented
+from dre_fast.train.batches import Batch, read_batches, without_tiles
 from dre_fast.train.build import (
     SlideSet,
     build_model,
@@ -42,6 +43,7 @@ from dre_fast.train.config import Config, save_config
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
 from dre_fast.train.inference import validate
+from dre_fast.train.samplers import epoch_order, plan_epoch
 from dre_fast.train.writer import BankWriter
 
 Metrics = dict[str, float | int | str | None]
@@ -212,14 +214,14 @@ class Trainer:
         config = self.config
         size, seed = config.optim.batch_size, config.run.seed
         if config.memory.mode == "exact":
-            return epoch_slides(len(self.train), epoch=epoch, batch_size=size, seed=seed, start=self.batch)
-        return epoch_batches(
-            self.model.bank,
+            return without_tiles(epoch_order(len(self.train), seed, epoch), size, self.batch)
+        plan = plan_epoch(self.model.bank, epoch=epoch, live=config.memory.live, seed=seed)
+        return read_batches(
+            plan,
             self.train.reader,
-            epoch=epoch,
-            live=config.memory.live,
+            self.model.bank,
             batch_size=size,
-            seed=seed,
+            key=seed * 100_003 + epoch,
             start=self.batch,
             augment=config.data.augment,
             stain=config.data.stain,

@@ -14,7 +14,7 @@ from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.tile_encoders import TileEncoder
 from dre_fast.progress import progress
-from dre_fast.train.batches import jitter_stain, turn_and_flip
+from dre_fast.train.augment import jitter_stain, turn_and_flip
 
 
 def pretrain_encoder(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from dre_fast.train.batches import epoch_order, jitter_stain, turn_and_flip
+from dre_fast.train.augment import jitter_stain, turn_and_flip
+from dre_fast.train.samplers import epoch_order
 
 
 def test_turn_and_flip_keeps_each_tile_one_of_its_eight_symmetries():
