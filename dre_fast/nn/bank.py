@@ -234,8 +234,9 @@ class MemoryBank(BankFiles):
     def sample(self, slides: Tensor, m: int, cycle: Tensor | int, seed: int) -> Tensor:
         """The live tiles of a visit, so that every tile is live once in ceil(n/m) visits of its slide.
 
-        Visit v takes the next m tiles of a permutation of the slide keyed by (seed, v // ceil(n/m), slide): a
-        pure function of the arguments and n, see :func:`dre_fast.reference.sampling.sample_tiles`.
+        Visit v takes the next m tiles of a permutation of the slide keyed by (seed, v // ceil(n/m), number): a pure
+        function of the arguments, n and the slide's number (its id, unless :meth:`set_numbers` says otherwise), see
+        :func:`dre_fast.reference.sampling.sample_tiles`.
 
         Args:
             slides: int64 [B].
@@ -252,7 +253,7 @@ class MemoryBank(BankFiles):
         slides = self._slide_ids(slides)
         if m < 1:
             raise ValueError(f"MemoryBank.sample: m must be at least 1, got {m}")
-        return ops.tiles(self.length[slides], slides, 0, m, m, self._visits(cycle, slides), seed)
+        return ops.tiles(self.length[slides], self.number[slides], 0, m, m, self._visits(cycle, slides), seed)
 
     def encode(
         self,
@@ -362,7 +363,7 @@ class MemoryBank(BankFiles):
     ) -> tuple[Tensor, Tensor]:
         """V fp32 [B, K, D] and counts of up to r stored rows of each slide, read where they lie."""
         b, m = tiles.shape
-        others = ops.tiles(self.length[slides], slides, m, r, m, visit, seed)
+        others = ops.tiles(self.length[slides], self.number[slides], m, r, m, visit, seed)
         with self._in_memory(slides) as rows:
             number = _row_numbers(rows.start, slides[:, None], others)
             # only tiles that do not come from sample() can meet their own stored version here

@@ -158,26 +158,55 @@ class BankFiles(BankTables):
                 than one has. Names files and slides.
         """
         saved = Shards.open(path)
-        numbers = (
-            saved.numbers() if slides is None else torch.as_tensor(slides).to("cpu", torch.int64).reshape(-1)
-        )
+        numbers = saved.numbers() if slides is None else _numbers(slides)
         lengths = saved.lengths(numbers)
         row = row_dtype(dtype or saved.dtype)
         k, dim = saved.codebook.shape
         rows, count = int(lengths.sum()), numbers.shape[0]
         bank = cls(
-            lengths,
-            dim,
-            codebook=saved.codebook if k else None,
-            dtype=row,
-            device=device,
-            **_resolved(placement, rows, dim, row, count, k, device),
+            lengths, dim, dtype=row, device=device, **_resolved(placement, rows, dim, row, count, k, device)
         )
-        for slide, number in enumerate(numbers.tolist()):
-            bank._take_slide(slide, *saved.place(number))
-        if row != saved.dtype:
-            bank._sum_up(recode=True)
+        bank._take_shards(saved, numbers)
         return bank, numbers
+
+    def restore_shards(self, path: str | os.PathLike[str], *, slides: Iterable[int] | Tensor) -> None:
+        """Take over slides of what :meth:`save_shard` wrote, where and in the row format this bank has.
+
+        Args:
+            path: the folder.
+            slides: their numbers in the whole cohort, one for each slide of this bank, in the order of its ids.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`load_shards`, or slides of other sizes than this bank's, or rows
+                of another D; this bank is unchanged then.
+        """
+        saved, numbers = Shards.open(path), _numbers(slides)
+        if saved.codebook.shape[1] != self.dim:
+            raise ValueError(
+                f"{path}: rows of {saved.codebook.shape[1]} values, this bank has D = {self.dim}"
+            )
+        lengths, own = saved.lengths(numbers), self.length.cpu()
+        if lengths.shape != own.shape:
+            raise ValueError(f"{path}: {len(lengths)} slides asked for, this bank has {len(own)}")
+        if not lengths.equal(own):
+            slide = int((lengths != own).nonzero()[0, 0])
+            raise ValueError(
+                f"{path}: slide {int(numbers[slide])} has {int(lengths[slide])} tiles there and {int(own[slide])} here"
+            )
+        self._take_shards(saved, numbers)
+
+    @torch.no_grad()
+    def _take_shards(self, saved: Shards, numbers: Tensor) -> None:
+        """Fill the slides of this bank, sized alike, with those of these numbers."""
+        self.set_numbers(numbers)
+        self.codebook = saved.codebook.to(self.device, copy=True)
+        k = saved.codebook.shape[0]
+        self.slide_sums = self.slide_sums.new_zeros(len(numbers), k, self.dim)
+        self.slide_counts = self.slide_counts.new_zeros(len(numbers), k)
+        for slide, number in enumerate(numbers.tolist()):
+            self._take_slide(slide, *saved.place(number))
+        if self.dtype != saved.dtype:
+            self._sum_up(recode=True)
 
     def _write(self, path: str | os.PathLike[str], more: dict[str, Tensor], about: dict[str, str]) -> None:
         if self._file is not None:
@@ -191,6 +220,10 @@ class BankFiles(BankTables):
         }
         tables = {name: getattr(self, name) for name in checks.TABLES}
         bank_io.write_tables(path, {**tables, **more}, {**sizes, **about})
+
+
+def _numbers(slides: Iterable[int] | Tensor) -> Tensor:
+    return torch.as_tensor(slides).to("cpu", torch.int64).reshape(-1)
 
 
 def _resolved(

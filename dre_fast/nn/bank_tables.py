@@ -33,6 +33,7 @@ class BankTables(nn.Module):
     slide_sums: Tensor
     slide_counts: Tensor
     codebook: Tensor
+    number: Tensor
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class BankTables(nn.Module):
         tables["codebook"] = known.to(place, copy=True)
         for name in checks.TABLES:
             self.register_buffer(name, tables[name])
+        # what a slide is called in the whole cohort: its id, unless this bank holds a part of it
+        self.register_buffer("number", torch.arange(slides, device=place), persistent=False)
         self._check_cache(lengths)
 
     # ------------------------------------------------------------------ what it is
@@ -204,7 +207,26 @@ class BankTables(nn.Module):
         for name in ("slide_sums", "slide_counts"):
             table = getattr(self, name)
             setattr(self, name, torch.cat([table, table.new_zeros(len(lengths), *table.shape[1:])]))
+        self.set_numbers(torch.cat([self.number, torch.arange(s, s + len(lengths), device=self.device)]))
         return list(range(s, s + len(lengths)))
+
+    def set_numbers(self, numbers: Tensor) -> None:
+        """Say what the slides are called in a cohort of which this bank holds a part; by default their ids.
+
+        The permutation that samples a slide is keyed by its number, so a slide has the same live tiles whichever rank
+        holds it. Not part of ``state_dict``; :meth:`load_shards` sets them.
+
+        Args:
+            numbers: int64 [S], >= 0.
+
+        Raises:
+            ValueError: not one number for each slide, or negative ones.
+        """
+        if numbers.shape != (self.num_slides,) or not are_ids(numbers) or bool((numbers < 0).any()):
+            raise ValueError(
+                f"MemoryBank: numbers must be {self.num_slides} integers >= 0, got {numbers.dtype} {list(numbers.shape)}"
+            )
+        self.number = numbers.to(self.device, torch.int64)
 
     @torch.no_grad()
     def remove_slide(self, slide: int) -> None:
@@ -279,6 +301,8 @@ class BankTables(nn.Module):
         rows, k, device = tables["payload"].shape[0], tables["codebook"].shape[0], self.device
         self._check_fits(rows, tables["start"].shape[0], k, holds=self.nbytes)
         self._check_cache(tables["length"])
+        if tables["start"].shape != self.start.shape:
+            self.number = torch.arange(tables["start"].shape[0], device=device)
         convert = tables["payload"].dtype != self.dtype
         if convert or tables["payload"].shape != self.payload.shape:
             self.payload = self._placement.blank(rows)

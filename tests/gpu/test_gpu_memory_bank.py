@@ -83,5 +83,5 @@ def test_a_whole_slide_step_is_captured_and_replayed() -> None:
         live.copy_(torch.nn.functional.normalize(torch.randn_like(live), dim=2))
         graph.replay()
         assert torch.equal(V, step(eager, live))
-    for name, table in captured.named_buffers():
+    for name, table in captured.state_dict().items():
         assert torch.equal(table.float(), getattr(eager, name).float()), name

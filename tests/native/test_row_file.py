@@ -162,8 +162,9 @@ def test_several_threads_may_call(tmp_path: Path) -> None:
 def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     """A wait for a job that takes long lets go on SIGINT with KeyboardInterrupt, and the process ends cleanly."""
     code = (
-        "import sys, numpy as np\n"
+        "import signal, sys, numpy as np\n"
         "from dre_fast._host import RowFile\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with it ignored\n"
         "file = RowFile(sys.argv[1], 1 << 20, 1 << 10, 1 << 18, 1)\n"
         "jobs = [file.read(0, 1 << 18, 0, []) for _ in range(2000)]\n"
         "print('waiting', flush=True)\n"

@@ -217,11 +217,11 @@ def test_half_live_rows_are_computed_in_fp32_and_autocast_changes_nothing(dtype:
 
 
 def snapshot(bank: MemoryBank) -> dict[str, Tensor]:
-    return {name: table.clone() for name, table in bank.named_buffers()}
+    return {name: table.clone() for name, table in bank.state_dict().items()}
 
 
 def assert_unchanged(bank: MemoryBank, before: dict[str, Tensor]) -> None:
-    for name, table in bank.named_buffers():
+    for name, table in bank.state_dict().items():
         assert torch.equal(table.float(), before[name].float()), name
 
 
@@ -500,10 +500,10 @@ def test_a_bank_can_start_empty() -> None:
 def test_model_dtype_changes_leave_the_tables_alone() -> None:
     for dtype in DTYPES:
         bank = filled(dtype)
-        before = {name: table.clone() for name, table in bank.named_buffers()}
+        before = {name: table.clone() for name, table in bank.state_dict().items()}
         for change in (bank.half, bank.double, bank.bfloat16, lambda b=bank: b.to(torch.float16)):
             change()
-        for name, table in bank.named_buffers():
+        for name, table in bank.state_dict().items():
             assert table.dtype == before[name].dtype
             assert torch.equal(table.float(), before[name].float())
     assert filled().to("meta").payload.device.type == "meta"

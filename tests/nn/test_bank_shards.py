@@ -23,6 +23,7 @@ LENGTHS = {7: 30, 0: 4, 3: 55, 12: 9, 5: 17, 20: 1, 4: 26}  # cohort-wide number
 def filled(numbers: list[int], codebook: Tensor | None, dtype: str = "int8") -> MemoryBank:
     """The slides of these numbers; rows depend on the number alone."""
     bank = MemoryBank([LENGTHS[i] for i in numbers], D, codebook=codebook, dtype=dtype)
+    bank.set_numbers(torch.tensor(numbers, dtype=torch.int64))
     for slide, number in enumerate(numbers):
         generator = torch.Generator().manual_seed(number)
         n = LENGTHS[number]
@@ -43,7 +44,7 @@ def save(
 
 
 def assert_equal(a: MemoryBank, b: MemoryBank) -> None:
-    for name, table in a.named_buffers():
+    for name, table in a.state_dict().items():
         other = getattr(b, name)
         assert table.dtype == other.dtype
         assert torch.equal(table.float(), other.float()), name
@@ -196,7 +197,7 @@ other = MemoryBank(sizes, 12, codebook=torch.zeros(3, 12))
 state = {f"bank.{rank}": other.state_dict()}
 dcp.load(state, checkpoint_id=folder)
 other.load_state_dict(state[f"bank.{rank}"])
-same = all(torch.equal(a, getattr(other, name)) for name, a in bank.named_buffers())
+same = all(torch.equal(a, getattr(other, name)) for name, a in bank.state_dict().items())
 dist.barrier()
 dist.destroy_process_group()
 print(json.dumps({"rank": rank, "same": same}))
@@ -226,3 +227,35 @@ def test_distributed_checkpoint_of_two_ranks(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert json.loads(out.splitlines()[-1]) == {"rank": rank, "same": True}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_restored_in_place_at_another_number_of_ranks(tmp_path: Path, dtype: str) -> None:
+    save(tmp_path, SPLIT, "int8")
+    mine = [20, 3, 0]
+    bank = MemoryBank([LENGTHS[i] for i in mine], D, dtype=dtype)
+    bank.restore_shards(tmp_path, slides=mine)
+    loaded, _ = MemoryBank.load_shards(tmp_path, slides=mine, dtype=dtype)
+    assert_equal(bank, loaded)
+    bank.restore_shards(tmp_path, slides=mine)  # over rows that are there
+    assert_equal(bank, loaded)
+    with pytest.raises(ValueError, match=rf"slide 4 has {LENGTHS[4]} tiles there and {LENGTHS[0]} here"):
+        bank.restore_shards(tmp_path, slides=[20, 3, 4])
+    with pytest.raises(ValueError, match="2 slides asked for, this bank has 3"):
+        bank.restore_shards(tmp_path, slides=[20, 3])
+    assert_equal(bank, loaded)
+    with pytest.raises(ValueError, match="D = 5"):
+        MemoryBank([LENGTHS[20]], 5).restore_shards(tmp_path, slides=[20])
+
+
+def test_a_slide_is_sampled_alike_whichever_bank_holds_it() -> None:
+    codebook = torch.randn(K, D, generator=torch.Generator().manual_seed(1))
+    part = filled([12, 3], codebook, "int8")
+    whole = MemoryBank([LENGTHS.get(i, 1) for i in range(21)], D, codebook=codebook)
+    for cycle in (0, 1, 5):
+        there = whole.sample(torch.tensor([12, 3]), 4, cycle=cycle, seed=3)
+        assert part.sample(torch.tensor([0, 1]), 4, cycle=cycle, seed=3).equal(there)
+    assert part.add_slide(9) == 2
+    assert part.number.tolist() == [12, 3, 2]
+    with pytest.raises(ValueError, match="3 integers >= 0"):
+        part.set_numbers(torch.tensor([1, 2]))
