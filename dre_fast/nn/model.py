@@ -151,6 +151,17 @@ class DRESLCL(nn.Module):
             live.detach() + (live - live.detach()) * factor
         )  # the value stays exact, the gradient is scaled
 
+    def no_slides(self) -> SlideOutput:
+        """The output of no slides, B = 0; without gradient."""
+        weight = self.slide_encoder.tokens.weight
+        report_dim = self.slide_encoder.report_dim
+        return SlideOutput(
+            weight.new_zeros(0, self.slide_encoder.width),
+            weight.new_zeros(0, report_dim) if report_dim else None,
+            {name: weight.new_zeros(0, int(head.out_features)) for name, head in self.heads.items()},  # type: ignore[arg-type]
+            weight.new_zeros(0, *self.codebook.shape),
+        )
+
     def represent(self, residuals: Tensor) -> SlideOutput:
         """Un-normalised residuals V [B, K, D] -> :class:`SlideOutput`, with ``live`` None.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dre_fast.data.tiles import CachedTileReader, TileReader
+from dre_fast.data.subset import Reader
 
 
 def augmented(images: Tensor, flips: bool, stain: float, key: int) -> Tensor:
@@ -19,12 +19,11 @@ def augmented(images: Tensor, flips: bool, stain: float, key: int) -> Tensor:
 
 
 def read_augmented(
-    reader: TileReader | CachedTileReader, flips: bool, stain: float, key: int, slide: int, tiles: Tensor
+    reader: Reader, numbers: Tensor, flips: bool, stain: float, key: int, slide: int, tiles: Tensor
 ) -> Tensor:
-    """Tiles int64 [m] of a slide as uint8 [m, 3, P, P], augmented by key, slide and the first of them."""
-    return augmented(
-        reader.read(slide, tiles), flips, stain, (key * 1_000_003 + slide) * 1_000_003 + int(tiles[0])
-    )
+    """Tiles int64 [m] of a slide as uint8 [m, 3, P, P], augmented by key, the slide's number and the first of them."""
+    own = (key * 1_000_003 + int(numbers[slide])) * 1_000_003 + int(tiles[0])
+    return augmented(reader.read(slide, tiles), flips, stain, own)
 
 
 def turn_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dre_fast.data.tiles import CachedTileReader, TileReader
+from dre_fast.data.subset import Reader
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.train.augment import augmented
 from dre_fast.train.samplers import EpochPlan
@@ -28,76 +28,76 @@ class Batch:
 
 class _LiveTiles(Dataset["Tensor | ValueError"]):
     def __init__(
-        self,
-        reader: TileReader | CachedTileReader,
-        slides: Tensor,
-        tiles: Tensor,
-        key: int,
-        flips: bool,
-        stain: float,
+        self, reader: Reader, plan: EpochPlan, numbers: Tensor, key: int, flips: bool, stain: float
     ) -> None:
-        self.reader, self.slides, self.tiles = reader, slides, tiles
+        self.reader, self.plan, self.numbers = reader, plan, numbers
         self.key, self.flips, self.stain = key, flips, stain
 
     def __len__(self) -> int:
-        return len(self.slides)
+        return len(self.plan.slides)
 
-    def __getitem__(self, index: int) -> Tensor | ValueError:
-        slide = int(self.slides[index])
+    def __getitem__(self, visit: int) -> Tensor | ValueError:
+        slide = int(self.plan.slides[visit])
         try:
-            images = self.reader.read(slide, self.tiles[index])
+            images = self.reader.read(slide, self.plan.tiles[visit])
         except (
             ValueError
         ) as error:  # handed over as it is: a DataLoader would bury it in a worker's traceback
             return error
-        return augmented(images, self.flips, self.stain, self.key * 1_000_003 + slide)
+        return augmented(images, self.flips, self.stain, self.key * 1_000_003 + int(self.numbers[slide]))
 
 
-def _collate(items: list[Tensor | ValueError]) -> Tensor | ValueError:
+def _collate(items: list[Tensor | ValueError]) -> Tensor | ValueError | None:
     for item in items:
         if isinstance(item, ValueError):
             return item
-    return default_collate(items)  # type: ignore[no-any-return]
+    return default_collate(items) if items else None  # type: ignore[no-any-return]
 
 
-def without_tiles(slides: Tensor, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    """Slides in batches from batch ``start`` on, without live tiles: for steps that read every tile themselves."""
-    for chosen in slides.split(batch_size)[start:]:
-        none = torch.zeros(len(chosen), 0, dtype=torch.int64)
-        yield Batch(chosen, none, torch.zeros(len(chosen), 0, 3, 0, 0, dtype=torch.uint8))
+def without_tiles(plan: EpochPlan, start: int = 0) -> Iterator[Batch]:
+    """The slides of a plan from step ``start`` on, without tiles: for steps that read every tile themselves."""
+    for step in range(start, len(plan.sizes)):
+        yield _no_images(plan.slides[plan.step(step)], 0)
 
 
 def read_batches(
     plan: EpochPlan,
-    reader: TileReader | CachedTileReader,
+    reader: Reader,
     bank: MemoryBank,
     *,
-    batch_size: int,
     key: int,
     start: int = 0,
     augment: bool = True,
     stain: float = 0.0,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of an epoch's plan from batch ``start`` on.
+    """Batches of an epoch's plan from step ``start`` on.
 
     Args:
-        key: of the augmentation; with the slide it fixes what is done to its tiles.
-        bank: asked for the rows of coming slides ahead, where they lie in a file.
+        key: of the augmentation; with the number of a slide it fixes what is done to its tiles.
+        bank: knows the slides' numbers; asked for the rows of coming slides ahead, where they lie in a file.
     """
-    slides, tiles = plan.slides[start * batch_size :], plan.tiles[start * batch_size :]
+    visits = [plan.step(step) for step in range(start, len(plan.sizes))]
     loader = DataLoader(
-        _LiveTiles(reader, slides, tiles, key, augment, stain),
-        batch_size=batch_size,
+        _LiveTiles(reader, plan, bank.number.cpu(), key, augment, stain),
+        batch_sampler=[list(range(those.start, those.stop)) for those in visits],
         num_workers=workers,
         collate_fn=_collate,
         # its own generator: the loader must not draw from the global one, whose state a checkpoint records
         generator=torch.Generator().manual_seed(key % 2**63),
     )
-    for i, images in enumerate(loader):
+    for step, (those, images) in enumerate(zip(visits, loader)):
         if isinstance(images, ValueError):
             raise images
-        rows = slice(i * batch_size, i * batch_size + len(images))
         if bank.tier == "file":
-            bank.prefetch(slides[rows.start : rows.stop + _AHEAD * batch_size])
-        yield Batch(slides[rows], tiles[rows], images)
+            ahead = visits[min(step + _AHEAD, len(visits) - 1)].stop
+            bank.prefetch(plan.slides[those.start : ahead])
+        if images is None:
+            yield _no_images(plan.slides[those], plan.tiles.shape[1])
+        else:
+            yield Batch(plan.slides[those], plan.tiles[those], images)
+
+
+def _no_images(slides: Tensor, m: int) -> Batch:
+    none = torch.zeros(len(slides), m, dtype=torch.int64)
+    return Batch(slides, none, torch.zeros(len(slides), m, 3, 0, 0, dtype=torch.uint8))

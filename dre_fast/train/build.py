@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dre_fast.data.cohort import Cohort, SlideRecord, Task
 from dre_fast.data.coords import read_coords
 from dre_fast.data.reports import ReportEmbeddings
+from dre_fast.data.subset import Reader, SubsetReader
 from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
@@ -27,13 +28,25 @@ class SlideSet:
     """The slides of one split: records, a reader of their tiles, targets per task, rows into the report matrix."""
 
     records: list[SlideRecord]
-    reader: TileReader | CachedTileReader
+    reader: Reader
     targets: dict[str, Tensor]  # task -> int64 [S] (-1 missing) or float [S, L] (NaN missing)
     report_rows: Tensor  # int64 [S], row of the slide's report, -1 = none
     tiles: list[int] = field(default_factory=list)  # tiles per slide
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def share(self, slides: Tensor) -> SlideSet:
+        """Some of the slides, int64 [S], numbered anew; read by the same reader."""
+        assert not isinstance(self.reader, SubsetReader)
+        reader = SubsetReader(self.reader, slides)
+        return SlideSet(
+            [self.records[slide] for slide in slides.tolist()],
+            reader,
+            {name: target[slides] for name, target in self.targets.items()},
+            self.report_rows[slides],
+            reader.tiles_per_slide,
+        )
 
 
 @dataclass

@@ -30,8 +30,6 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
     for name in (on_disk.CHECKPOINT, on_disk.BEST, on_disk.CONFIG):
         for unfinished in out.glob(f".{Path(name).stem}.*{Path(name).suffix}"):
             unfinished.unlink()
-    for unfinished in out.glob(".bank-*"):
-        unfinished.unlink()
     written = out / on_disk.CONFIG
     if not resume and (written.exists() or (out / on_disk.CHECKPOINT).exists()):
         raise ValueError(f"{out} already holds a run: pass --resume to go on with it, or name another folder")

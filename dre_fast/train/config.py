@@ -93,6 +93,12 @@ class MemoryConfig:
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
     grad_scale: str | float = "none"  # none | unbiased | a number
     refresh: int = 0  # rows a step encoded again without gradient, the oldest of the step's slides first
+    drift_limit: float = (
+        1.0  # most that features move in a refresh cycle (1: as far as to their codewords); 0: any
+    )
+    drift_every: int = 10  # steps between two looks of the drift guard
+    drift_tiles: int = 256  # tiles it looks at
+    max_refresh: int = 0  # > refresh: when features move too fast, up to so many rows a step are renewed
     writer_decay: float = (
         0.0  # > 0: a moving average of the encoder with this decay (0.99, say) writes the rows
     )
@@ -137,6 +143,9 @@ class RunConfig:
     validate_every: int = 1  # epochs
     encode_chunk: int = 256  # tiles encoded at once without gradient
     tensorboard: bool = True
+    shards: int | None = (
+        None  # groups of slides that processes share; null: one for each process at the start
+    )
     probe_every: int = 0  # steps between comparisons with the exact gradient on one slide; 0: none
 
 
@@ -172,10 +181,22 @@ class Config:
         _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none", "exact"))
         if not 0 <= self.memory.writer_decay < 1:
             raise ConfigError(f"memory.writer_decay={self.memory.writer_decay}: must be in [0, 1)")
-        if self.memory.mode == "exact" and (self.memory.refresh or self.memory.writer_decay):
+        if self.memory.mode == "exact" and (
+            self.memory.refresh or self.memory.writer_decay or self.memory.max_refresh
+        ):
             raise ConfigError(
-                "memory.refresh and memory.writer_decay have no use with memory.mode=exact: no row is old"
+                "memory.refresh, max_refresh and writer_decay have no use with memory.mode=exact: no row is old"
             )
+        if self.memory.max_refresh and self.memory.max_refresh < self.memory.refresh:
+            raise ConfigError(
+                f"memory.max_refresh={self.memory.max_refresh}: less than memory.refresh={self.memory.refresh}"
+            )
+        if self.memory.max_refresh and not self.memory.drift_limit:
+            raise ConfigError(
+                "memory.max_refresh is for the drift guard, and memory.drift_limit=0 leaves it out"
+            )
+        if self.run.shards is not None and self.run.shards < 1:
+            raise ConfigError(f"run.shards={self.run.shards}: must be at least 1, or null")
         _one_of("memory.tier", self.memory.tier, ("device", "host", "file", "auto"))
         if self.memory.tier == "file" and self.memory.folder is None:
             raise ConfigError(
@@ -201,6 +222,8 @@ class Config:
             "run.checkpoint_every",
             "run.validate_every",
             "data.max_open",
+            "memory.drift_every",
+            "memory.drift_tiles",
         ):
             section, name = key.split(".")
             if getattr(getattr(self, section), name) < 1:
@@ -219,6 +242,7 @@ class Config:
         for key in (
             "data.workers",
             "memory.refresh",
+            "memory.max_refresh",
             "memory.refit_every",
             "memory.retrieved",
             "memory.kmeans_iterations",
@@ -231,7 +255,11 @@ class Config:
             section, name = key.split(".")
             if not 0 <= getattr(getattr(self, section), name) < 2**31:
                 raise ConfigError(f"{key} must be 0 or more, and less than 2^31")
-        for key, number in (("data.stain", self.data.stain), ("memory.grad_scale", self.memory.grad_scale)):
+        for key, number in (
+            ("data.stain", self.data.stain),
+            ("memory.grad_scale", self.memory.grad_scale),
+            ("memory.drift_limit", self.memory.drift_limit),
+        ):
             if not isinstance(number, str) and not 0 <= number < math.inf:
                 raise ConfigError(f"{key}={number}: must be a number >= 0")
         if not self.data.cohort:

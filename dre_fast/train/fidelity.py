@@ -13,7 +13,6 @@ from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.train.build import Reports, SlideSet
 from dre_fast.train.exact import Autocast, ExactBatch
-from dre_fast.train.samplers import epoch_order
 
 
 def measure_fidelity(
@@ -55,10 +54,11 @@ def measure_fidelity(
 
 
 class FidelityProbe:
-    """The comparison on one training slide of a run, each in its turn.
+    """The comparison on one training slide of a run.
 
     Args:
-        losses: (output, slide int64 [1]) -> the run's loss of that slide alone.
+        losses: (output, number int64 [1]) -> the run's loss of that slide alone; like ``contrast`` it is given the
+            slide's number among all training slides.
         contrast: see :func:`contrast_with_all`; added to it.
         live: live tiles m of the memory mode.
         chunk: tiles the oracle encodes at once.
@@ -81,11 +81,11 @@ class FidelityProbe:
         self.model, self.slides, self.losses, self.contrast = model, slides, losses, contrast
         self.live, self.chunk, self.seed, self.autocast = live, chunk, seed, autocast
 
-    def measure(self, turn: int, epoch: int) -> dict[str, float | str | None]:
-        """``slide``, its name, and what :func:`measure_fidelity` gives."""
-        slide = epoch_order(len(self.slides), self.seed, 0)[[turn % len(self.slides)]]
-        index, reader = int(slide), self.slides.reader
-        there = slide.to(self.model.codebook.device)
+    def measure(self, index: int, epoch: int) -> dict[str, float | str | None]:
+        """``slide``, its name, and what :func:`measure_fidelity` gives. ``index``: its id in the bank."""
+        reader = self.slides.reader
+        there = torch.tensor([index], device=self.model.codebook.device)
+        number = self.model.bank.number[there].cpu()
         tiles = self.model.bank.sample(there, self.live, cycle=epoch, seed=self.seed)
         exact = ExactBatch(
             self.model,
@@ -103,8 +103,8 @@ class FidelityProbe:
             return out
 
         def objective(out: SlideOutput) -> Tensor:
-            total = self.losses(out, slide)
-            return total if self.contrast is None else total + self.contrast(out, slide)
+            total = self.losses(out, number)
+            return total if self.contrast is None else total + self.contrast(out, number)
 
         return {
             "slide": self.slides.records[index].slide_id,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.cohort import Task
 from dre_fast.data.embeddings import SlideEmbeddings
-from dre_fast.data.tiles import CachedTileReader, TileReader
+from dre_fast.data.subset import Reader
 from dre_fast.eval.metrics import auc
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
@@ -22,6 +22,7 @@ from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
 from dre_fast.train.build import SlideSet, build_model, task_card
 from dre_fast.train.config import Config, config_from_dict
+from dre_fast.train.distributed import Group
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -29,7 +30,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 @torch.no_grad()
 def encode_tiles_of(
     model: DRESLCL,
-    reader: TileReader | CachedTileReader,
+    reader: Reader,
     slide: int,
     chunk: int,
     autocast: Autocast = contextlib.nullcontext,
@@ -49,7 +50,7 @@ def encode_tiles_of(
 @torch.no_grad()
 def encode_slide(
     model: DRESLCL,
-    reader: TileReader | CachedTileReader,
+    reader: Reader,
     slide: int,
     chunk: int,
     autocast: Autocast = contextlib.nullcontext,
@@ -97,32 +98,31 @@ def validate(
     report_matrix: Tensor | None,
     *,
     chunk: int,
+    group: Group,
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float | int | str | None]:
-    """Validation losses and AUCs of a set of slides.
+    """Validation losses and AUCs of a set of slides, shared out to the processes of a group.
 
     ``val_score``, by which the best model is kept, is the mean AUC over the tasks whose AUC is defined, with the loss
     as tie-breaker (minus a thousandth of it); without any, it is minus the loss.
     """
-    encoded = encode_slides(model, slides, tasks, chunk=chunk, autocast=autocast, desc="validate")
+    logits, projected = _encode_shared(model, slides, tasks, chunk, autocast, group)
     result: dict[str, float | int | str | None] = {}
     losses = []
-    if loss is not None and report_matrix is not None and encoded.report_embedding is not None:
+    if loss is not None and report_matrix is not None and projected is not None:
         there = slides.report_rows >= 0
         if there.any():
             cases = slides.report_rows[there].to(report_matrix.device)
             with torch.no_grad():
-                value = loss.among(
-                    encoded.report_embedding[there].to(report_matrix.device), report_matrix[cases], cases
-                )
+                value = loss.among(projected[there].to(report_matrix.device), report_matrix[cases], cases)
             result["val_loss_contrastive"] = value.item()
             losses.append(value.item())
     aucs = []
     for task in tasks:
-        logits, target = encoded.logits[task.name], slides.targets[task.name]
-        result[f"val_loss_{task.name}"] = supervised_loss(task.kind, logits, target).item()
+        own, target = logits[task.name], slides.targets[task.name]
+        result[f"val_loss_{task.name}"] = supervised_loss(task.kind, own, target).item()
         losses.append(float(result[f"val_loss_{task.name}"]))  # type: ignore[arg-type]
-        value_auc = auc(task.kind, logits, target)
+        value_auc = auc(task.kind, own, target)
         result[f"val_auc_{task.name}"] = value_auc
         if value_auc is not None:
             aucs.append(value_auc)
@@ -130,6 +130,23 @@ def validate(
     result["val_loss"] = total
     result["val_score"] = sum(aucs) / len(aucs) - 1e-3 * total if aucs else -total
     return result
+
+
+def _encode_shared(
+    model: DRESLCL, slides: SlideSet, tasks: Sequence[Task], chunk: int, autocast: Autocast, group: Group
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Logits and projections of all slides, on every process; each encodes every W-th one."""
+    own = torch.arange(group.rank, len(slides), group.world)
+    found = None
+    if len(own):
+        share = slides if group.world == 1 else slides.share(own)
+        encoded = encode_slides(model, share, tasks, chunk=chunk, autocast=autocast, desc="validate")
+        found = own, encoded.logits, encoded.report_embedding
+    parts = [part for part in group.everyones(found) if part is not None]
+    order = torch.cat([part[0] for part in parts]).argsort()
+    logits = {name: torch.cat([part[1][name] for part in parts])[order] for name in parts[0][1]}
+    projected = [part[2] for part in parts if part[2] is not None]
+    return logits, torch.cat(projected)[order] if projected else None
 
 
 @dataclass

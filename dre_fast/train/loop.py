@@ -14,48 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dre_fast.codebook import fit_codebook
-from dre_fast.data.cohort import Cohort, Task
-from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import SlideOutput
-from dre_fast.nn.supervised import supervised_loss
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
 from dre_fast.train.augment import read_augmented
 from dre_fast.train.batches import Batch, read_batches, without_tiles
-from dre_fast.train.build import (
-    SlideSet,
-    build_model,
-    load_reports,
-    parameter_groups,
-    slide_set,
-    task_card,
-)
-from dre_fast.train.checks import (
-    check_folder,
-    check_labels,
-    check_same_data,
-    data_fingerprint,
-    pick_device,
-    split_records,
-)
+from dre_fast.train.build import build_model, parameter_groups, task_card
+from dre_fast.train.checks import check_folder, check_same_data, pick_device
+from dre_fast.train.codebook import fit_on_bank
 from dre_fast.train.config import Config, save_config
+from dre_fast.train.distributed import Group, own_device
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
+from dre_fast.train.freshness import Scalars, freshness
+from dre_fast.train.guard import EncoderGuard
 from dre_fast.train.inference import validate
+from dre_fast.train.objective import Objective
+from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import epoch_order, plan_epoch
+from dre_fast.train.shards import with_shards
 from dre_fast.train.writer import BankWriter
-
-Metrics = dict[str, float | int | str | None]
 
 
 class Trainer:
     """One run in one folder. ``fit()`` trains, or resumes where the last checkpoint stands.
 
+    Under torchrun every process makes one, with the same arguments: each holds its share of the slides and of the
+    bank, the first one writes the files (see :mod:`dre_fast.train.distributed`).
+
     Args:
         config: validated configuration; written resolved to ``out/config.yaml``.
-        out: folder of the run. Files: config.yaml, metrics.jsonl, last.pt (checkpoint), best.safetensors (model),
-            tensorboard/.
+        out: folder of the run. Files: config.yaml, metrics.jsonl, last.pt (checkpoint) and the bank's folder, which it
+            names, best.safetensors (model), tensorboard/.
         resume: go on from ``out/last.pt`` (from the start when there is no checkpoint yet). Without it a folder that
             already holds a run is refused.
 
@@ -65,61 +55,35 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: str | Path, *, resume: bool = False) -> None:
-        self.config = config = config.validate().with_absolute_paths()
         self.out = Path(out)
-        check_folder(self.out, config, resume)
+        self.device = pick_device(own_device(config.run.device))
+        self.group = Group(self.device)
+        config = with_shards(config, self.out / on_disk.CONFIG if resume else None, self.group.world)
+        self.config = config = config.validate().with_absolute_paths()
+        self.group.first_then_others(lambda: check_folder(self.out, config, resume))
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
-        self.device = pick_device(config.run.device)
-        self._prepare_data()
+        self.data = RunData(config, self.group)
+        self.train, self.val, self.tasks = self.data.own, self.data.val, self.data.tasks
         self._prepare_model()
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
         self.best_epoch = -1
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._log_size = 0
+        self._bank_folder: str | None = None
         checkpoint = self.out / on_disk.CHECKPOINT
         self._resumed = resume and checkpoint.exists()
         self._state = on_disk.load_checkpoint(checkpoint) if self._resumed else None
         if self._state is not None:
-            check_same_data(self._state["data"], self._data, self.out)
+            check_same_data(self._state["data"], self.data.fingerprint, self.out)
         # last, so that a run refused for a fault of its settings leaves no run behind
-        save_config(config, self.out / on_disk.CONFIG)
-
-    # ------------------------------------------------------------------ parts
-
-    def _prepare_data(self) -> None:
-        data, loss = self.config.data, self.config.loss
-        cohort = Cohort.read(data.cohort, missing_values=data.missing_values)
-        train, val = split_records(cohort, data)
-        self.tasks = [
-            cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
-            for task in loss.tasks
-        ]
-        self.task_weight = {task.name: task.weight for task in loss.tasks}
-        self.reports = load_reports(data.reports) if loss.contrastive else None
-        options = {"backend": data.backend, "mpp": data.mpp, "max_open": data.max_open}
-        options["skip_untiled"] = data.skip_untiled
-
-        def open_split(records: Any, name: str) -> SlideSet:
-            cache = Path(data.cache) / f"{name}.h5" if data.cache else None
-            return slide_set(cohort, records, data.tiles, self.tasks, self.reports, cache=cache, **options)  # type: ignore[arg-type]
-
-        self.train = open_split(train, "train")
-        self.val = open_split(val, "val") if val else None
-        if self.reports is not None and not (self.train.report_rows >= 0).any():
-            raise ValueError(f"{data.reports}: holds a report for none of the training cases")
-        check_labels(self.tasks, self.train, self.val)
-        if self.config.model.codewords > sum(self.train.tiles):
-            raise ValueError(
-                f"model.codewords={self.config.model.codewords}, but the training slides have only "
-                f"{sum(self.train.tiles)} tiles; ask for fewer codewords"
-            )
-        self._data = data_fingerprint(self.train, self.val, self.reports)
+        if self.group.first:
+            save_config(config, self.out / on_disk.CONFIG)
 
     def _prepare_model(self) -> None:
-        config, reports = self.config, self.reports
+        config, reports = self.config, self.data.reports
         self.model = build_model(
             config,
             self.train.tiles,
@@ -127,37 +91,33 @@ class Trainer:
             {task.name: task.outputs for task in self.tasks},
             self.device,
         )
+        self.model.bank.set_numbers(self.data.numbers)
         if config.memory.mode == "exact" or config.run.probe_every:
             check_exact(self.model.tile_encoder)
         self.writer = BankWriter(
             self.model,
             self.train,
-            refresh=config.memory.refresh,
+            self.data.shards,
+            config.run.shards or 1,
             decay=config.memory.writer_decay,
             chunk=config.run.encode_chunk,
             autocast=self._autocast,
         )
-        self.loss = SlideReportLoss(
-            kind=config.loss.contrastive or "infonce", negatives=config.loss.negatives
-        )
-        if reports is not None:
-            self.report_matrix = reports.matrix.to(self.device)
-            if config.loss.negatives == "all":
-                rows = self.train.report_rows.unique()
-                rows = rows[rows >= 0]
-                self.loss.set_reports(reports.matrix[rows], rows)
-        self.loss.to(self.device)
+        self.objective = Objective(config.loss, self.data.train, self.tasks, reports).to(self.device)
+        self.group.same_start(self.model)
+        if self.group.world > 1:  # dropout differs from process to process
+            torch.manual_seed(config.run.seed * 1_000_003 + self.group.rank)
+        self.guard = EncoderGuard(config, self.model, self.data, self.group, self._autocast)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
                 self.model,
-                self.loss,
+                self.objective,
                 config.optim.lr,
                 0.0 if config.optim.freeze_encoder else config.optim.encoder_lr_scale,
                 config.optim.weight_decay,
             )
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.optim.amp == "fp16")
-        self.steps_per_epoch = math.ceil(len(self.train) / config.optim.batch_size)
 
     # ------------------------------------------------------------------ run
 
@@ -170,8 +130,10 @@ class Trainer:
         if self._state is not None:
             self._restore(self._state)
             self._state = None
-        self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
-        self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
+        self.log = self.board = None
+        if self.group.first:
+            self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
+            self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
         try:
             if not self._resumed:
                 self._prefill()
@@ -180,7 +142,8 @@ class Trainer:
             for epoch in range(self.epoch, self.config.optim.epochs):
                 self._run_epoch(epoch)
         finally:
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
             if self.board is not None:
                 self.board.close()
         return self.out
@@ -191,7 +154,7 @@ class Trainer:
         if self.batch == 0 and epoch > 0 and refit and epoch % refit == 0 and self._encoder_moved(epoch):
             self._fit_codebook(warm=True)
         batches = self._batches(epoch)
-        remaining = self.steps_per_epoch - self.batch
+        remaining = self.data.steps - self.batch
         started = time.perf_counter()
         for batch in progress(
             batches, f"epoch {epoch + 1}/{config.optim.epochs}", total=remaining, unit="step"
@@ -206,21 +169,27 @@ class Trainer:
             if config.run.probe_every and self.step % config.run.probe_every == 0:
                 self._measure_fidelity(epoch)
             started = time.perf_counter()
-            if self.step % config.run.checkpoint_every == 0 and self.batch < self.steps_per_epoch:
+            if self.step % config.run.checkpoint_every == 0 and self.batch < self.data.steps:
                 self._checkpoint()
         self._finish_epoch(epoch)
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        config = self.config
-        size, seed = config.optim.batch_size, config.run.seed
+        config, data, seed = self.config, self.data, self.config.run.seed
+        plan = plan_epoch(
+            self.model.bank,
+            data.shards,
+            per_shard=data.per_shard,
+            steps=data.steps,
+            epoch=epoch,
+            live=config.memory.live,
+            seed=seed,
+        )
         if config.memory.mode == "exact":
-            return without_tiles(epoch_order(len(self.train), seed, epoch), size, self.batch)
-        plan = plan_epoch(self.model.bank, epoch=epoch, live=config.memory.live, seed=seed)
+            return without_tiles(plan, self.batch)
         return read_batches(
             plan,
             self.train.reader,
             self.model.bank,
-            batch_size=size,
             key=seed * 100_003 + epoch,
             start=self.batch,
             augment=config.data.augment,
@@ -233,20 +202,28 @@ class Trainer:
         probe = FidelityProbe(
             self.model,
             self.train,
-            lambda out, slide: self._losses(out, slide)[0],
-            contrast_with_all(self.loss, self.reports, self.train, config.loss.contrastive_weight),
+            lambda out, number: self.objective(out, number)[0],
+            contrast_with_all(
+                self.objective.contrast, self.data.reports, self.data.train, config.loss.contrastive_weight
+            ),
             live=config.memory.live,
             chunk=config.run.encode_chunk,
             seed=config.run.seed,
             autocast=self._autocast,
         )
-        found = probe.measure(self.step // config.run.probe_every, epoch)
+        order = epoch_order(len(self.data.train), config.run.seed, 0)
+        number = order[self.step // config.run.probe_every % len(order)]
+        own = (
+            (self.data.numbers == number).nonzero().flatten().tolist()
+        )  # the process that holds the slide measures
+        answers = self.group.everyones(probe.measure(own[0], epoch) if own else None)
+        found = next(answer for answer in answers if answer is not None)
         self._record("fidelity", step=self.step, epoch=epoch, **found, seconds=time.perf_counter() - started)
 
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
-        summary: Metrics = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
-        summary.update(_freshness(self.model.bank.statistics(step=self.step)))
+        summary: Scalars = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
+        summary.update(freshness(self.model.bank.statistics(step=self.step), self.group))
         last = epoch + 1 == self.config.optim.epochs
         if self.val is not None and ((epoch + 1) % self.config.run.validate_every == 0 or last):
             summary.update(self._validate())
@@ -269,92 +246,91 @@ class Trainer:
         if cache := self.model.bank.cache_statistics():
             used = cache["hits"] + cache["late"] + cache["misses"]
             shown.append(f"bank: {cache['hits'] / max(used, 1):.0%} of slides in memory when needed")
-        print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
+        if self.group.first:
+            print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
         self._checkpoint()
 
     # ------------------------------------------------------------------ one step
 
-    def _train_step(self, batch: Batch, epoch: int) -> Metrics:
-        optim = self.config.optim
+    def _train_step(self, batch: Batch, epoch: int) -> Scalars:
+        moves = self._encoder_moves(epoch)
         self.model.train()
         # at rest it is also in eval mode: batch statistics and dropout belong to an encoder that learns
-        self.model.tile_encoder.train(self._encoder_moves(epoch))
+        self.model.tile_encoder.train(moves)
+        if moves:
+            self.guard.before(self.step)
         self._set_rates(epoch)
-        slides, tiles = batch.slides.to(self.device), batch.tiles.to(self.device)
         exact = self._exact(batch.slides, epoch) if self.config.memory.mode == "exact" else None
-        if exact is not None:
-            # every feature goes to the bank, so that codebooks are fitted to what is now
-            out = exact.forward(partial(self.writer.keep, step=self.step + 1))
-        else:
-            if self._encoder_moves(epoch) or self._encoder_moved(epoch):  # else no row is out of date
-                self.writer.renew(batch.slides, batch.tiles, step=self.step + 1)
-            with self._autocast():
-                out = self.model(
-                    batch.images.to(self.device, non_blocking=True),
-                    slides,
-                    tiles,
-                    visit=epoch,
-                    seed=self.config.run.seed,
-                )
-        self._require_finite("slide embedding", out.embedding, batch)
-        loss, parts = self._losses(out, batch.slides)
-        self._require_finite("loss", loss, batch)
+        own = self._forward(batch, exact, epoch)
+        self._require_finite("slide embedding", own.embedding, self.data.numbers[batch.slides])
+        out, numbers = self.group.outputs(own), self.group.numbers(self.data.numbers[batch.slides])
+        loss, parts = self.objective(out, numbers)
+        self._require_finite("loss", loss, numbers)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if exact is not None and self._encoder_moves(epoch):
+        if loss.requires_grad:  # else this process has no slide in this step, and the loss nothing to learn
+            self.scaler.scale(loss).backward()
+        if exact is not None and moves and len(batch.slides):
             exact.backward()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
-        if (
-            not self.scaler.is_enabled()
-        ):  # the scaler leaves such steps out; any other would spoil the weights
-            self._require_finite("gradient", norm, batch)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self._encoder_moves(epoch):
+        norm = self._update(numbers)
+        found = None
+        if moves:
             self.writer.follow()
-        if out.live is not None:  # step 0 is the pre-fill
-            self.writer.live(slides, tiles, batch.images, out.live.detach(), step=self.step + 1)
+            found = self.guard.after(self.step + 1)
+        if own.live is not None:  # step 0 is the pre-fill
+            self.writer.live(batch.slides, batch.tiles, batch.images, own.live.detach(), step=self.step + 1)
+        if found is not None:
+            self._record("drift", step=self.step + 1, epoch=epoch, **found)
         rates = {bool(g["encoder"]): g["lr"] for g in self.optimizer.param_groups}
         return {
             "step": self.step,
             "epoch": epoch,
             "loss": loss.item(),
             **{f"loss_{name}": value.item() for name, value in parts.items()},
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "lr": rates[False],
             "encoder_lr": rates.get(True, 0.0),
-            "temperature": self.loss.temperature.item() if self.reports else None,
+            "temperature": self.objective.temperature,
         }
 
-    def _require_finite(self, what: str, value: Tensor, batch: Batch) -> None:
+    def _forward(self, batch: Batch, exact: ExactBatch | None, epoch: int) -> SlideOutput:
+        """The slides of this process; each with its memory mode's share of tiles."""
+        if not len(batch.slides):
+            return self.model.no_slides()
+        if exact is not None:
+            # every feature goes to the bank, so that codebooks are fitted to what is now
+            return exact.forward(partial(self.writer.keep, step=self.step + 1))
+        if self._encoder_moves(epoch) or self._encoder_moved(epoch):  # else no row is out of date
+            self.writer.renew(batch.slides, batch.tiles, self.guard.refresh, step=self.step + 1)
+        with self._autocast():
+            return self.model(  # type: ignore[no-any-return]
+                batch.images.to(self.device, non_blocking=True),
+                batch.slides.to(self.device),
+                batch.tiles.to(self.device),
+                visit=epoch,
+                seed=self.config.run.seed,
+            )
+
+    def _update(self, numbers: Tensor) -> float:
+        """The optimiser's step, with the gradient of all processes; returns the gradient's length."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.group.add_gradients(parameters, list(self.objective.parameters()))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip or math.inf)
+        if (
+            not self.scaler.is_enabled()
+        ):  # the scaler leaves such steps out; any other would spoil the weights
+            self._require_finite("gradient", norm, numbers)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm.item()
+
+    def _require_finite(self, what: str, value: Tensor, numbers: Tensor) -> None:
         if not torch.isfinite(value).all():
-            names = ", ".join(self.train.records[i].slide_id for i in batch.slides.tolist())
+            names = ", ".join(self.data.train.records[i].slide_id for i in numbers.tolist())
             raise FloatingPointError(
                 f"{what} is not finite at step {self.step} (slides {names}); the last checkpoint is intact. "
                 "Lower optim.lr or optim.encoder_lr_scale, or set optim.amp=none"
             )
-
-    def _losses(self, out: SlideOutput, slides: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        parts: dict[str, Tensor] = {}
-        weights = {"contrastive": self.config.loss.contrastive_weight, **self.task_weight}
-        if self.reports is not None and out.report is not None:
-            rows = self.train.report_rows[slides]
-            there = rows >= 0
-            if there.any():
-                cases = rows[there].to(self.device)
-                parts["contrastive"] = self.loss(
-                    out.report.float()[there.to(self.device)], self.report_matrix[cases], cases
-                )
-        for task in self.tasks:
-            target = self.train.targets[task.name][slides].to(self.device)
-            parts[task.name] = supervised_loss(task.kind, out.logits[task.name], target)
-        total = sum(
-            (weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float()
-        )
-        # a batch in which no slide has a report or label still has a graph, and a zero gradient
-        return total + 0.0 * out.embedding.float().sum(), parts
 
     def _exact(self, slides: Tensor, epoch: int) -> ExactBatch:
         """All tiles of the slides, augmented as live tiles are."""
@@ -362,7 +338,7 @@ class Trainer:
         return ExactBatch(
             self.model,
             slides.tolist(),
-            partial(read_augmented, self.train.reader, data.augment, data.stain, key),
+            partial(read_augmented, self.train.reader, self.data.numbers, data.augment, data.stain, key),
             [self.train.tiles[slide] for slide in slides.tolist()],
             chunk=self.config.run.encode_chunk,
             autocast=self._autocast,
@@ -370,13 +346,14 @@ class Trainer:
 
     def _set_rates(self, epoch: int) -> None:
         optim = self.config.optim
-        total = optim.epochs * self.steps_per_epoch
+        total = optim.epochs * self.data.steps
         warm = min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * self.step / max(total, 1)))
         moves = self._encoder_moves(epoch)
         self.model.tile_encoder.requires_grad_(moves)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * warm * cosine if moves or not group["encoder"] else 0.0
+            factor = self.guard.factor * moves if group["encoder"] else 1.0
+            group["lr"] = group["base_lr"] * warm * cosine * factor
 
     def _encoder_moves(self, epoch: int) -> bool:
         optim = self.config.optim
@@ -399,15 +376,16 @@ class Trainer:
 
     def _fit_codebook(self, *, warm: bool) -> None:
         started = time.perf_counter()
-        bank, config = self.model.bank, self.config
-        codebook, inertia = fit_codebook(
-            bank,
+        config = self.config
+        codebook, inertia = fit_on_bank(
+            self.model.bank,
+            self.group,
             config.model.codewords,
             iterations=config.memory.kmeans_iterations,
-            warm_start=bank.codebook if warm else None,
+            warm=warm,
             seed=config.run.seed,
         )
-        bank.set_codebook(codebook)
+        self.model.bank.set_codebook(codebook)
         self._record(
             "codebook",
             epoch=self.epoch,
@@ -418,20 +396,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ validation and files
 
-    def _validate(self) -> Metrics:
+    def _validate(self) -> Scalars:
         assert self.val is not None
+        there = self.objective.reports is not None
         return validate(
             self.model,
             self.val,
             self.tasks,
-            self.loss if self.reports is not None else None,
-            self.report_matrix if self.reports is not None else None,
+            self.objective.contrast if there else None,
+            self.objective.reports,
             chunk=self.config.run.encode_chunk,
+            group=self.group,
             autocast=self._autocast,
         )
 
     def _record(self, kind: str, **fields: float | int | str | None) -> None:
-        self.log.write(kind=kind, **fields)
+        if self.log is not None:
+            self.log.write(kind=kind, **fields)
         if self.board is not None:
             for name, value in fields.items():
                 if isinstance(value, (int, float)) and name not in ("step", "epoch"):
@@ -444,57 +425,83 @@ class Trainer:
             "report_dim": self.model.slide_encoder.report_dim,
             "epoch": self.epoch,
         }
+        if not self.group.first:
+            return
         on_disk.save_model(self.out / on_disk.BEST, self.model.state_dict(), card)
 
     def _checkpoint(self) -> None:
-        self.log.sync()
-        # the checkpoint names the bank's file, and is what makes both count: until it is there, the former two do
-        bank = on_disk.bank_file(self.out, self.step)
-        self.model.bank.save(bank)
-        on_disk.save_checkpoint(
-            self.out / on_disk.CHECKPOINT,
-            {
-                "model": on_disk.without_bank(self.model.state_dict()),
-                "bank": bank.name,
-                "writer": self.writer.state_dict(),
-                "loss": self.loss.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "step": self.step,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "epoch_loss": self._epoch_loss,
-                "epoch_steps": self._epoch_steps,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "log_size": self.log.size,
-                "data": self._data,
-            },
+        """All processes write their bank, then the first one the checkpoint that names them, which makes them count."""
+        group = self.group
+        if self.log is not None:
+            self.log.sync()
+        folder = group.from_first(
+            on_disk.bank_folder(self.out, self.step, self._bank_folder) if group.first else None
         )
-        on_disk.remove_other_banks(self.out, bank)
+        assert folder is not None
+        self.model.bank.save_shard(
+            folder,
+            shard=group.rank,
+            shards=group.world,
+            slides=self.data.numbers,
+            save_id=f"step-{self.step}",
+        )
+        random = group.everyones(self._random_state())  # also waits until all banks are written
+        if self.log is not None:
+            on_disk.save_checkpoint(
+                self.out / on_disk.CHECKPOINT,
+                {
+                    "model": on_disk.without_bank(self.model.state_dict()),
+                    "bank": folder.name,
+                    "writer": self.writer.state_dict(),
+                    "guard": self.guard.state_dict(),
+                    "objective": self.objective.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "random": random,
+                    "step": self.step,
+                    "epoch": self.epoch,
+                    "batch": self.batch,
+                    "epoch_loss": self._epoch_loss,
+                    "epoch_steps": self._epoch_steps,
+                    "best": self.best,
+                    "best_epoch": self.best_epoch,
+                    "log_size": self.log.size,
+                    "data": self.data.fingerprint,
+                },
+            )
+            on_disk.remove_other_banks(self.out, folder)
+        self._bank_folder = folder.name
 
     def _restore(self, state: dict[str, Any]) -> None:
         missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
         missing = [key for key in missing if not key.startswith("bank.")]
         if missing or unexpected:
             raise ValueError(f"{self.out / on_disk.CHECKPOINT}: of another model: {missing + unexpected}")
-        self.model.bank.restore(self.out / state["bank"])
+        self._bank_folder = state["bank"]
+        self.model.bank.restore_shards(self.out / state["bank"], slides=self.data.numbers)
         self.writer.load_state_dict(state["writer"])
-        self.loss.load_state_dict(state["loss"])
+        self.guard.load_state_dict(state["guard"])
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self._epoch_loss, self._epoch_steps = state["epoch_loss"], state["epoch_steps"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self._log_size = state["log_size"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._set_random_state(state["random"])
 
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
-def _freshness(statistics: dict[str, Any]) -> Metrics:
-    """The scalars of the bank's statistics, for the log."""
-    scalars = {f"bank_{k}": v for k, v in statistics.items() if v is None or isinstance(v, (int, float))}
-    return scalars | {f"bank_drift_{k}": v for k, v in statistics["drift"].items()}
+    def _set_random_state(self, states: list[dict[str, Tensor]]) -> None:
+        """Of each process; at another number of processes they are drawn anew."""
+        if len(states) != self.group.world:
+            torch.manual_seed((self.config.run.seed * 1_000_003 + self.step) * 1009 + self.group.rank)
+            return
+        own = states[self.group.rank]
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], self.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dre_fast.data.files import write_tensors
-from dre_fast.data.tiles import CachedTileReader, TileReader
+from dre_fast.data.subset import Reader
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.tile_encoders import TileEncoder
 from dre_fast.progress import progress
@@ -19,7 +19,7 @@ from dre_fast.train.augment import jitter_stain, turn_and_flip
 
 def pretrain_encoder(
     encoder: TileEncoder,
-    reader: TileReader | CachedTileReader,
+    reader: Reader,
     *,
     steps: int,
     slides_per_step: int = 16,

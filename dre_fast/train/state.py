@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from dre_fast.data.files import atomic_path, write_tensors
 
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
-_FORMAT = "dre_fast-checkpoint-2"
+_FORMAT = "dre_fast-checkpoint-3"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -51,16 +52,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def bank_file(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step keeps the bank: beside it, since it may be larger than memory."""
-    return out / f"bank-{step:09d}.safetensors"
+def bank_folder(out: Path, step: int, last: str | None) -> Path:
+    """An empty folder for the bank of a step's checkpoint: beside it, since it may be larger than memory.
+
+    Args:
+        last: name of the folder of the checkpoint that is on disk, which stays.
+    """
+    name = f"bank-{step:09d}"
+    folder = out / (name if name != last else f"{name}-again")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    return folder
 
 
 def remove_other_banks(out: Path, kept: Path) -> None:
     """Once a checkpoint that names ``kept`` is on disk: delete those of earlier or unfinished checkpoints."""
-    for file in out.glob("bank-*.safetensors"):
-        if file != kept:
-            file.unlink(missing_ok=True)
+    for folder in out.glob("bank-*"):
+        if folder != kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def without_bank(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,21 +20,30 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 class BankWriter:
     """Encodes rows for the bank, with the encoder or its moving average, and writes them.
 
-    A tile that is live is refreshed once in ceil(n/m) visits of its slide. ``refresh`` rows a step are encoded again
-    beside them, without gradient, the oldest of the step's slides first. With ``decay`` the rows come from a moving
+    A tile that is live is refreshed once in ceil(n/m) visits of its slide. Beside them :meth:`renew` encodes some rows
+    again before a step, without gradient, the oldest of its slides first. With ``decay`` the rows come from a moving
     average of the encoder's weights, which moves more slowly (as in MoCo, He et al. 2020).
 
     Args:
-        refresh: rows a step, R; 0 for none.
+        shards: shard -> its slides, int64, of ``all_shards`` of the run: each renews its part of the rows of a step,
+            so that it does not matter which process holds it.
         decay: of the moving average, in [0, 1); 0 writes what the encoder itself gives.
         chunk: tiles encoded at once.
     """
 
     def __init__(
-        self, model: DRESLCL, slides: SlideSet, *, refresh: int, decay: float, chunk: int, autocast: Autocast
+        self,
+        model: DRESLCL,
+        slides: SlideSet,
+        shards: Mapping[int, Tensor],
+        all_shards: int,
+        *,
+        decay: float,
+        chunk: int,
+        autocast: Autocast,
     ) -> None:
-        self.model, self.slides = model, slides
-        self.refresh, self.chunk, self.autocast = refresh, chunk, autocast
+        self.model, self.slides, self.shards, self.all_shards = model, slides, shards, all_shards
+        self.chunk, self.autocast = chunk, autocast
         self.average: AveragedModel | None = None
         if decay:
             self.average = AveragedModel(model.tile_encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -59,15 +68,21 @@ class BankWriter:
                 self.keep(slide, tiles, features, step=0)
 
     @torch.no_grad()
-    def renew(self, slides: Tensor, tiles: Tensor, *, step: int) -> None:
+    def renew(self, slides: Tensor, tiles: Tensor, rows: int, *, step: int) -> None:
         """Before a step: encode the oldest rows of its slides again, except the tiles that are live.
 
         Args:
             slides: int64 [B]; tiles: int64 [B, m], the live ones; both on the CPU.
+            rows: R of the whole step; every shard of the run renews its part.
             step: age stamp of the rows.
         """
-        if not self.refresh:
-            return
+        for shard, own in self.shards.items() if rows else ():
+            share = rows // self.all_shards + (shard < rows % self.all_shards)
+            there = torch.isin(slides, own)
+            if share and bool(there.any()):
+                self._renew(slides[there], tiles[there], share, step)
+
+    def _renew(self, slides: Tensor, tiles: Tensor, rows: int, step: int) -> None:
         bank = self.model.bank
         ages, slide, tile = [], [], []
         for s, live in zip(slides.tolist(), tiles):
@@ -78,7 +93,7 @@ class BankWriter:
             ages.append(age[number])
             slide.append(torch.full_like(number, s))
             tile.append(number)
-        oldest = torch.cat(ages).sort(stable=True).indices[: self.refresh]
+        oldest = torch.cat(ages).sort(stable=True).indices[:rows]
         slide_of, tile_of = torch.cat(slide)[oldest], torch.cat(tile)[oldest]
         for s in slide_of.unique().tolist():  # a slide at a time, as they are read
             for chosen in tile_of[slide_of == s].sort().values.split(self.chunk):
@@ -93,6 +108,8 @@ class BankWriter:
         Args:
             slides: int64 [B]; tiles: int64 [B, m]; images [B, m, 3, P, P]; features [B, m, D] of the step.
         """
+        device = features.device
+        slides, tiles = slides.to(device), tiles.to(device)
         rows = slides[:, None].expand_as(tiles).reshape(-1)
         found = features.flatten(0, 1)
         if self.average is not None:

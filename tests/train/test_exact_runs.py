@@ -22,7 +22,9 @@ def timeless(out: Path, *left_out: str) -> list[str]:
 
 
 def test_an_exact_run_learns_keeps_its_bank_fresh_and_resumes(tiny_cohort: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_cohort, "memory.mode=exact", "run.encode_chunk=7", "optim.epochs=4")
+    config = tiny_config(
+        tiny_cohort, "memory.mode=exact", "memory.drift_limit=0", "run.encode_chunk=7", "optim.epochs=4"
+    )
     trainer = Trainer(config, tmp_path / "a")
     before = {name: p.clone() for name, p in trainer.model.tile_encoder.named_parameters()}
     trainer.fit()

@@ -13,6 +13,7 @@ from dre_fast.cli import main
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.train.inference import load_run
 from dre_fast.train.loop import Trainer
+from dre_fast.train.objective import Objective
 from dre_fast.train.state import read_metrics
 
 
@@ -77,16 +78,16 @@ def test_bank_follows_the_encoder(tiny_cohort, tmp_path):
 
 def test_nan_loss_stops_with_the_checkpoint_intact(tiny_cohort, tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(tiny_cohort), tmp_path / "run")
-    original = Trainer._losses
+    original = Objective.forward
 
     def poisoned(self, out, slides):
         total, parts = original(self, out, slides)
-        return (total * float("nan") if self.step == 3 else total), parts
+        return (total * float("nan") if trainer.step == 3 else total), parts
 
-    monkeypatch.setattr(Trainer, "_losses", poisoned)
+    monkeypatch.setattr(Objective, "forward", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 3 \(slides s"):
         trainer.fit()
-    monkeypatch.setattr(Trainer, "_losses", original)
+    monkeypatch.setattr(Objective, "forward", original)
     resumed = Trainer(tiny_config(tiny_cohort), tmp_path / "run", resume=True)
     resumed.fit()
     assert resumed.step == 9

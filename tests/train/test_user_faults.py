@@ -18,6 +18,7 @@ from dre_fast.train import state as on_disk
 from dre_fast.train.checks import pick_device
 from dre_fast.train.config import ConfigError, load_config
 from dre_fast.train.loop import Trainer
+from dre_fast.train.objective import Objective
 
 
 def table(root: Path, name: str, change) -> str:
@@ -208,15 +209,15 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path, monkeypatch):
 def test_divergence_never_reaches_a_checkpoint(tiny_cohort, tmp_path, monkeypatch, what):
     trainer = Trainer(tiny_config(tiny_cohort, "run.checkpoint_every=1"), tmp_path / "run")
     if what == "gradient":
-        original = Trainer._losses
+        original = Objective.forward
 
         def poisoned(self, out, slides):
             total, parts = original(self, out, slides)
-            if self.step == 1:
+            if trainer.step == 1:
                 total.register_hook(lambda gradient: gradient * float("nan"))  # the loss itself is fine
             return total, parts
 
-        monkeypatch.setattr(Trainer, "_losses", poisoned)
+        monkeypatch.setattr(Objective, "forward", poisoned)
     else:
         represent = trainer.model.represent
 

@@ -14,7 +14,7 @@ from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
 from dre_fast.train.writer import BankWriter
 
-MOVING = ("optim.head_warmup_epochs=0", "data.augment=false", "data.stain=0")
+MOVING = ("optim.head_warmup_epochs=0", "data.augment=false", "data.stain=0", "memory.drift_limit=0")
 
 
 def timeless(out: Path) -> list[str]:
@@ -27,7 +27,6 @@ def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_
     trainer = Trainer(tiny_config(tiny_cohort, *MOVING), tmp_path / "run")
     bank, writer = trainer.model.bank, trainer.writer
     writer.fill()
-    writer.refresh = 7
     n = trainer.train.tiles
     for step, tiles in ((1, [3, 4]), (2, [0, n[0] - 1])):  # make some rows younger than others
         bank.write(0, tiles, torch.randn(2, bank.dim), step=step)
@@ -36,7 +35,7 @@ def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_
     with torch.no_grad():
         for p in trainer.model.tile_encoder.parameters():
             p.add_(0.1)
-    writer.renew(torch.tensor([0, 1]), live, step=9)
+    writer.renew(torch.tensor([0, 1]), live, 7, step=9)
     # the first 7 of slide 0 that are neither live nor written since the fill
     assert (bank.ages(0) == 9).nonzero().squeeze(1).tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert not (bank.ages(1) == 9).any()
@@ -45,8 +44,7 @@ def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_
     assert same.nonzero().squeeze(1).tolist() == [t for t in range(n[0]) if not 5 <= t <= 11]
     expected = trainer.model.eval().encode_tiles(trainer.train.reader.read(0, torch.arange(5, 12)))
     assert (now[5:12] - expected).abs().max() < 0.01  # int8
-    writer.refresh = 1000
-    writer.renew(torch.tensor([0, 1]), live, step=10)
+    writer.renew(torch.tensor([0, 1]), live, 1000, step=10)
     assert [int((bank.ages(s) == 10).sum()) for s in (0, 1)] == [n[0] - 2, n[1] - 3]  # all but the live ones
 
 

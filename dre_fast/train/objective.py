@@ -1,0 +1,79 @@
+"""What a run minimises: the slide-report loss and the losses of its tasks, weighted and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dre_fast.data.cohort import Task
+from dre_fast.nn.loss import SlideReportLoss
+from dre_fast.nn.model import SlideOutput
+from dre_fast.nn.supervised import supervised_loss
+from dre_fast.train.build import Reports, SlideSet
+from dre_fast.train.config import LossConfig
+
+
+class Objective(nn.Module):
+    """The loss of some training slides, whichever process encoded them.
+
+    Args:
+        config: kinds and weights.
+        slides: all training slides: their targets, and which report each has.
+        tasks: resolved tasks.
+        reports: embeddings of the cohort's reports, or None for a run without.
+
+    Attributes:
+        contrast: the slide-report loss, with its learnable temperature.
+        reports: fp32 [M, T], or None.
+    """
+
+    def __init__(
+        self, config: LossConfig, slides: SlideSet, tasks: Sequence[Task], reports: Reports | None
+    ) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.targets: Mapping[str, Tensor] = slides.targets
+        self.report_rows = slides.report_rows
+        self.weights = {
+            "contrastive": config.contrastive_weight,
+            **{task.name: task.weight for task in config.tasks},
+        }
+        self.contrast = SlideReportLoss(kind=config.contrastive or "infonce", negatives=config.negatives)
+        self.register_buffer("reports", None if reports is None else reports.matrix, persistent=False)
+        self.reports: Tensor | None
+        if reports is not None and config.negatives == "all":
+            rows = self.report_rows.unique()
+            rows = rows[rows >= 0]
+            self.contrast.set_reports(reports.matrix[rows], rows)
+
+    def forward(self, out: SlideOutput, slides: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total and its parts, unweighted, by name.
+
+        Args:
+            out: of B slides.
+            slides: int64 [B], their numbers among all training slides.
+        """
+        device = out.embedding.device
+        parts: dict[str, Tensor] = {}
+        if self.reports is not None and out.report is not None:
+            rows = self.report_rows[slides]
+            there = rows >= 0
+            if there.any():
+                cases = rows[there].to(device)
+                parts["contrastive"] = self.contrast(
+                    out.report.float()[there.to(device)], self.reports[cases], cases
+                )
+        for task in self.tasks:
+            target = self.targets[task.name][slides].to(device)
+            parts[task.name] = supervised_loss(task.kind, out.logits[task.name], target)
+        total = sum(
+            (self.weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float()
+        )
+        # a batch in which no slide has a report or label still has a graph, and a zero gradient
+        return total + 0.0 * out.embedding.float().sum(), parts
+
+    @property
+    def temperature(self) -> float | None:
+        """Of the contrast; None without reports."""
+        return None if self.reports is None else float(self.contrast.temperature)
