@@ -58,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: dre-fast train --out {args.out} --resume", file=sys.stderr)
         return 130
+    trainer.group.close()
+    if not trainer.group.first:
+        return 0
     if trainer.best is not None:
         print(f"best epoch {trainer.best_epoch + 1} of {config.optim.epochs}, val_score {trainer.best:.4f}")
     print(f"model {trainer.out / 'best.safetensors'}\nmetrics {trainer.out / 'metrics.jsonl'}")

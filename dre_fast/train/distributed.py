@@ -9,6 +9,7 @@ last batch, or goes through its tiles in two passes, makes no difference.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -51,6 +52,7 @@ class Group:
     def close(self) -> None:
         """Leave, once all are here: a process that leaves while others still talk would end them."""
         if self._ours and dist.is_initialized():
+            gc.collect()  # gloo's threads must be gone, with all that holds the group, before the process may exit
             dist.barrier()
             dist.destroy_process_group()
             self._ours = False

@@ -24,7 +24,7 @@ def freshness(statistics: dict[str, Any], group: Group) -> Scalars:
 
 
 def _joined(name: str, banks: list[Scalars]) -> float | int | None:
-    there: list[tuple[Any, Any]] = [(b[name], b["bank_rows"]) for b in banks if b[name] is not None]
+    there: list[tuple[Any, Any]] = [(b[name], _weight(name, b)) for b in banks if b[name] is not None]
     values = [value for value, _ in there]
     if len(values) < 2:
         return values[0] if values else None
@@ -33,3 +33,10 @@ def _joined(name: str, banks: list[Scalars]) -> float | int | None:
     if name in ("bank_age_max", "bank_drift_max", "bank_step"):
         return max(values)
     return sum(value * rows for value, rows in there) / max(sum(rows for _, rows in there), 1)
+
+
+def _weight(name: str, bank: Any) -> float:
+    """The rows of a bank that a value is a mean of."""
+    if name.startswith("bank_drift"):
+        return bank["bank_rows"] * (1 - bank["bank_never_refreshed"])  # type: ignore[no-any-return]
+    return bank["bank_written" if name == "bank_age_mean" else "bank_rows"]  # type: ignore[no-any-return]

@@ -372,7 +372,7 @@ class Trainer:
     def _prefill(self) -> None:
         started = time.perf_counter()
         self.writer.fill()
-        self._record("prefill", tiles=sum(self.train.tiles), seconds=time.perf_counter() - started)
+        self._record("prefill", tiles=sum(self.data.train.tiles), seconds=time.perf_counter() - started)
 
     def _fit_codebook(self, *, warm: bool) -> None:
         started = time.perf_counter()

@@ -53,7 +53,7 @@ def whole(out: Path) -> None:
     """Every file that is there can be read."""
     if (out / "last.pt").exists():
         state = load_checkpoint(out / "last.pt")
-        MemoryBank.load(out / state["bank"])
+        MemoryBank.load_shards(out / state["bank"])
         assert (out / "metrics.jsonl").stat().st_size >= state["log_size"]
     if (out / "best.safetensors").exists():
         load_run(out)
