@@ -22,7 +22,7 @@ from dre_fast.data.tiling import tile_slide
 from dre_fast.nn.tile_encoders import TileEncoder
 
 TILE, GRID, WITNESS = 16, 16, 9
-PRETRAINED_ON = 5  # the encoder has learnt to tell the digits 0..4 apart, and has never seen a nine
+PRETRAINED_ON = 9  # the encoder has learnt to tell the digits 0..8 apart, and has never seen a nine
 
 
 def digit_images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -73,7 +73,7 @@ def _mosaic(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def pretrain(encoder: TileEncoder, steps: int, seed: int) -> float:
-    """Teach an encoder to tell the digits 0..4 apart, on the training images; returns the last step's accuracy."""
+    """Teach an encoder to tell the digits 0..8 apart, on the training images; returns the last step's accuracy."""
     images, classes = digit_images()
     numbers = split_digits(seed)["train"]
     numbers = numbers[classes[numbers] < PRETRAINED_ON]

@@ -1,0 +1,182 @@
+"""The rare-witness yardstick: about one tile in a hundred decides, and the encoder comes from another task.
+
+    python -m benchmarks.study.rare_witness --out benchmarks/results/cpu-2-cores/rare_witness
+
+Frozen encoder, no memory, sampled and full memory, and the exact gradient, over encoder rates from 0.01 to 1 of the
+head's, with the drift guard and without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all logs but
+those of single steps), table.md and auc.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study import digits
+from benchmarks.study.runs import Run, last, mean_and_range, read_outcomes, train_once
+from dre_fast.data.files import write_text_atomic
+from dre_fast.eval.figures import new_figure, save_figure, tidy
+from dre_fast.nn.tile_encoders import build_tile_encoder
+from dre_fast.progress import progress
+from dre_fast.train.pretrain import save_encoder
+
+SLIDES = {"train": 320, "val": 2, "test": 400}
+WITNESSES = 3  # of 256 tiles
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+EPOCHS = 30
+ENCODER: dict[str, Any] = {"dim": 32, "width": 16}
+
+
+def base(data: Path) -> dict[str, Any]:
+    """The config that all runs share; judged once, at the end, on the test slides."""
+    return {
+        "data": {
+            "cohort": str(data / "cohort.csv"),
+            "tiles": str(data / "tiles"),
+            "cache": str(data / "cache"),
+            "mpp": 1.0,
+            "augment": False,
+            "val_split": "test",
+        },
+        "model": {
+            "encoder": "conv-tiny",
+            "encoder_args": ENCODER,
+            "encoder_weights": str(data / "encoder.safetensors"),
+            "codewords": 48,
+            "width": 64,
+            "depth": 1,
+            "dropout": 0.2,
+        },
+        "memory": {"live": 16, "retrieved": 128, "kmeans_iterations": 5},
+        "loss": {"contrastive": None, "tasks": [{"name": "witness", "kind": "binary"}]},
+        "optim": {
+            "epochs": EPOCHS,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "head_warmup_epochs": 2,
+            "weight_decay": 0.05,
+        },
+        "run": {"tensorboard": False, "checkpoint_every": 10**6, "validate_every": EPOCHS, "threads": 1},
+    }
+
+
+def runs(seed: int) -> list[Run]:
+    """The runs of a seed, those that tell most first."""
+    found = [
+        Run("frozen", seed, {"optim.freeze_encoder": True}),
+        *(Run(f"{mode} default", seed, {"memory.mode": mode}) for mode in ("full", "sampled", "none")),
+    ]
+    for rate in RATES:
+        for mode in ("full", "sampled"):
+            settings = {"memory.mode": mode, "optim.encoder_lr_scale": rate}
+            if rate != 0.1:  # that is the default
+                found.append(Run(f"{mode} {rate:g}", seed, settings))
+            found.append(Run(f"{mode} {rate:g} unguarded", seed, {**settings, "memory.drift_limit": 0}))
+    found.append(Run("exact default", seed, {"memory.mode": "exact"}))
+    return found
+
+
+def prepare(folder: Path, seed: int) -> Path:
+    """The slides of a seed and the encoder that all its runs start from."""
+    data = folder / f"data-{seed}"
+    if not (data / "encoder.safetensors").exists():
+        digits.make_cohort(data, SLIDES, WITNESSES, seed)
+        torch.manual_seed(seed)
+        encoder = build_tile_encoder("conv-tiny", **ENCODER)
+        digits.pretrain(encoder, 300, seed)
+        save_encoder(encoder, data / "encoder.safetensors")
+    return data
+
+
+def table(outcomes: list[dict[str, Any]]) -> str:
+    """Markdown: AUC over the seeds, against the frozen encoder of the same seed, and what a run costs."""
+    by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for outcome in outcomes:
+        by_name[outcome["name"]].append(outcome)
+    frozen = {o["seed"]: last(o, "val_auc_witness") for o in by_name["frozen"]}
+    lines = [
+        "| run | test AUC, mean (range) | above frozen, worst seed | s/run | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, group in sorted(by_name.items(), key=lambda item: _order(item[0])):
+        aucs = {o["seed"]: last(o, "val_auc_witness") for o in group}
+        worst = min(auc - frozen[seed] for seed, auc in aucs.items() if seed in frozen)
+        seconds = sum(o["step_seconds"] for o in group) / len(group)
+        lines.append(
+            f"| {name} | {mean_and_range(aucs.values())} | {worst:+.3f} | {seconds:.0f} | {len(group)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _order(name: str) -> tuple[int, float, str]:
+    words = name.split()
+    kind = ["frozen", "none", "sampled", "full", "exact"].index(words[0])
+    rate = 0.1 if len(words) < 2 or words[1] == "default" else float(words[1])
+    return kind, rate, name
+
+
+def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
+    """AUC over encoder rates; a dot a seed."""
+    figure = new_figure(9, 4)
+    for column, mode in enumerate(("full", "sampled")):
+        axes = figure.add_subplot(1, 2, column + 1)
+        for label, ending, colour in (("drift guard", "", "#1f77b4"), ("without", " unguarded", "#d62728")):
+            points = []
+            for outcome in outcomes:
+                words = outcome["name"].split()
+                if words[0] == mode and (" unguarded" in outcome["name"]) == bool(ending):
+                    rate = 0.1 if words[1] == "default" else float(words[1])
+                    points.append((rate, last(outcome, "val_auc_witness")))
+            rates = sorted({rate for rate, _ in points})
+            means = [
+                sum(a for r, a in points if r == rate) / sum(r == rate for r, _ in points) for rate in rates
+            ]
+            axes.plot(rates, means, color=colour, label=label)
+            axes.scatter(*zip(*points), s=12, color=colour, alpha=0.6)
+        for name, style in (("frozen", "--"), ("exact default", ":"), ("none default", "-.")):
+            aucs = [last(o, "val_auc_witness") for o in outcomes if o["name"] == name]
+            if aucs:
+                axes.axhline(sum(aucs) / len(aucs), color="0.4", linestyle=style, label=name.split()[0])
+        axes.set_xscale("log")
+        axes.set_xlabel("encoder rate / head rate")
+        axes.set_ylabel("test AUC")
+        axes.set_ylim(0.4, 1.0)
+        axes.set_title(f"memory: {mode}")
+        axes.legend(fontsize=8)
+        tidy(axes)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
+    parser.add_argument("--only", help="runs whose name begins so")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes = args.out / "runs.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        plan = [run for seed in range(args.seeds) for run in runs(seed)]
+        plan = [run for run in plan if run.name.startswith(args.only or "")]
+        for run in progress(plan, "rare witness", unit="run"):
+            train_once(run, base(prepare(work, run.seed)), work, outcomes)
+    found = read_outcomes(outcomes)
+    write_text_atomic(args.out / "table.md", table(found))
+    draw(found, args.out / "auc.png")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Runs of a study: each trained once, its outcome kept as one line of a file; a study goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dre_fast.train.config import config_from_dict
+from dre_fast.train.loop import Trainer
+from dre_fast.train.state import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what it is called, its seed, and the settings in which it differs from the study's base."""
+
+    name: str
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train_once(run: Run, base: Mapping[str, Any], folder: Path, outcomes: Path) -> dict[str, Any]:
+    """Train a run, unless ``outcomes`` has it; append and return its outcome.
+
+    Args:
+        base: a config as nested dicts.
+        folder: the run's folder is made in it, and removed when its outcome is written.
+        outcomes: JSON lines.
+    """
+    for line in read_outcomes(outcomes):
+        if (line["name"], line["seed"]) == (run.name, run.seed):
+            return line
+    tree = json.loads(json.dumps(base))
+    tree["run"]["seed"] = run.seed
+    for key, value in run.settings.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    out = folder / f"{run.name}-{run.seed}".replace(" ", "_")
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    trainer = Trainer(config_from_dict(tree), out)
+    trainer.fit()
+    log = read_metrics(out / "metrics.jsonl")
+    outcome = {
+        "name": run.name,
+        "seed": run.seed,
+        "settings": dict(run.settings),
+        "seconds": time.perf_counter() - began,
+        "step_seconds": sum(row["seconds"] for row in log if row["kind"] == "step"),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "steps": trainer.step,
+        "log": [_rounded(row) for row in log if row["kind"] != "step"],
+    }
+    with open(outcomes, "a") as file:
+        file.write(json.dumps(outcome) + "\n")
+    shutil.rmtree(out)
+    return outcome
+
+
+def read_outcomes(path: Path) -> list[dict[str, Any]]:
+    """All outcomes so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last(outcome: Mapping[str, Any], key: str) -> float:
+    """What a run's last epoch says."""
+    rows = [row for row in outcome["log"] if row["kind"] == "epoch" and row.get(key) is not None]
+    return float(rows[-1][key])
+
+
+def mean_and_range(values: Iterable[float]) -> str:
+    """``0.912 (0.903 to 0.921)``, of the seeds."""
+    found = sorted(values)
+    return f"{sum(found) / len(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})"
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
