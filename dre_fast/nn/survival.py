@@ -38,17 +38,16 @@ def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     risk = _wide(risk)
     risk = risk - risk.detach().sum() / max(len(risk), 1)  # the loss is the same, its rounding error smaller
     event = event.bool()
-    ties = time == (moments := time[event].unique())[:, None]  # [U, B]
-    later = time >= moments[:, None]
-    deaths = (ties & event).sum(1)  # d, [U]
-    at_risk = risk.masked_fill(~later, -torch.inf).logsumexp(1)
-    dying = risk.masked_fill(~(ties & event), -torch.inf).logsumexp(1)
-    # The l-th of the d events of a time, for all times one after another: [E].
-    l = torch.arange(int(deaths.sum()), device=risk.device)
-    l = l - (deaths.cumsum(0) - deaths).repeat_interleave(deaths)
-    d, at_risk, dying = (value.repeat_interleave(deaths) for value in (deaths, at_risk, dying))
-    normaliser = at_risk + torch.log1p(-(l.to(risk.dtype) / d) * torch.exp(dying - at_risk))
-    return (normaliser.sum() - risk[event].sum()) / max(len(l), 1)
+    moments = time[event].unique()[:, None]  # [U, 1]
+    dies = event & (time == moments)  # D_t, [U, B]
+    log_dying = risk.masked_fill(~dies, -torch.inf).logsumexp(1, keepdim=True)
+    log_at_risk = risk.masked_fill(time < moments, -torch.inf).logsumexp(1, keepdim=True)
+    deaths = dies.sum(1, keepdim=True)
+    l = torch.arange(int(deaths.max()) if len(deaths) else 0, device=risk.device)
+    beyond = l >= deaths  # [U, most deaths of a time]
+    part = (l.to(risk.dtype) / deaths).masked_fill(beyond, 0.0)
+    terms = log_at_risk + torch.log1p(-part * torch.exp(log_dying - log_at_risk))
+    return (terms.masked_fill(beyond, 0.0).sum() - risk[event].sum()) / deaths.sum().clamp(min=1)
 
 
 def hazard_edges(times: Tensor, events: Tensor, bins: int) -> list[float]:
