@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.files import atomic_path, write_tensors
 from dre_fast.data.optional import need
+from dre_fast.data.tasks import KINDS, Task
 
 FORMAT = "dre_fast.slide_embeddings"
 VERSION = 1
@@ -26,10 +27,9 @@ class SlideEmbeddings:
         slide_ids: S distinct names, in row order of every tensor.
         embedding: fp32 [S, E], the slide embeddings.
         report_embedding: fp32 [S, T], the projections into the report space, or None.
-        logits: task name -> fp32 [S, C]; C is the number of classes (multiclass), 1 (binary) or the number of
-            columns (multilabel).
-        tasks: task name -> {"kind": "multiclass" | "binary" | "multilabel", "classes": [...], "columns":
-            [...]}; it has an entry for every task of ``logits``.
+        logits: task name -> fp32 [S, C]; C is the number of classes (multiclass), 1 (binary, Cox), the number of
+            columns (multilabel) or of intervals (hazards).
+        tasks: task name -> :meth:`dre_fast.data.tasks.Task.card`; it has an entry for every task of ``logits``.
 
     Raises:
         ValueError: rows, dtypes, names or tasks do not fit together; the message says which.
@@ -59,15 +59,11 @@ class SlideEmbeddings:
             if name not in self.tasks:
                 raise ValueError(f"logits of task {name!r} without an entry in tasks")
             card = self.tasks[name]
-            if card.get("kind") not in ("multiclass", "binary", "multilabel"):
+            if card.get("kind") not in KINDS:
                 raise ValueError(
-                    f"task {name!r}: kind must be multiclass, binary or multilabel, got {card.get('kind')!r}"
+                    f"task {name!r}: kind must be one of {', '.join(KINDS)}, got {card.get('kind')!r}"
                 )
-            wanted = {
-                "multiclass": len(card.get("classes", ())),
-                "binary": 1,
-                "multilabel": len(card.get("columns", ())),
-            }[card["kind"]]
+            wanted = Task.from_card(name, card).outputs
             if logits.shape[1] != wanted:
                 raise ValueError(
                     f"task {name!r} ({card['kind']}) needs {wanted} logits a slide, got {logits.shape[1]}"

@@ -15,9 +15,11 @@ from dre_fast.data.cohort import Cohort, SlideRecord, Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.eval import scores
 from dre_fast.eval.tables import MetricRow, format_rows, write_tables
+from dre_fast.nn.survival import risk_score
 
-__all__ = ["MetricRow", "auc", "evaluate_predictions", "format_rows", "task_of", "write_tables"]
+__all__ = ["MetricRow", "auc", "c_index", "evaluate_predictions", "format_rows", "task_of", "write_tables"]
 
+C_INDEX = "c-index"  # of survival tasks
 METRICS = ("auc", "average_precision", "f1", "accuracy", "balanced_accuracy")
 LEVELS = ("slide", "patient")
 _BLOCK = 4_000_000  # weights held at once
@@ -49,9 +51,24 @@ def auc(kind: str, logits: Tensor, target: Tensor) -> float | None:
     return float(np.mean(defined)) if defined else None
 
 
+def c_index(method: str, logits: Tensor, target: Tensor) -> float | None:
+    """Harrell's concordance index of a survival task.
+
+    Args:
+        method: "cox" or "hazard", see `dre_fast.nn.survival.risk_score`.
+        logits: float [S, 1] or [S, bins].
+        target: float [S, 2], time and event, NaN = missing.
+
+    Returns:
+        The index in [0, 1], or None where no two slides can be compared.
+    """
+    risk, truth = _risk(method, logits), target.detach().cpu().double().numpy()
+    return _value(_survival_scorer(risk, truth)(np.ones((1, len(logits))))[C_INDEX][0])
+
+
 def task_of(name: str, card: dict[str, Any]) -> Task:
     """The task that predictions were made for, from its entry in `SlideEmbeddings.tasks`."""
-    return Task(name, card["kind"], tuple(card.get("classes", ())), tuple(card.get("columns", ())))
+    return Task.from_card(name, card)
 
 
 def evaluate_predictions(
@@ -76,7 +93,8 @@ def evaluate_predictions(
         cohort: where the labels are.
         split: judge only these slides; None: all.
         tasks: names of tasks; None: all that the predictions have.
-        level: "slide", or "patient": probabilities of a patient's slides are averaged first.
+        level: "slide", or "patient": probabilities (survival: risk scores) of a patient's slides are averaged
+            first.
         bootstrap: number of resamples; 0: no intervals.
         confidence: of the intervals, in (0, 1).
         seed: of the resampling; the same seed gives the same intervals.
@@ -84,7 +102,8 @@ def evaluate_predictions(
 
     Returns:
         For each task one row a metric (auc, average_precision, f1, accuracy, balanced_accuracy); multilabel
-        tasks first give the mean over their columns (column None), then each column. f1 and multiclass auc
+        tasks first give the mean over their columns (column None), then each column; survival tasks have one row,
+        c-index (Harrell). f1 and multiclass auc
         and average_precision are means over classes. A value that is undefined is None, and its note says
         why.
 
@@ -154,13 +173,16 @@ def _evaluate_task(
     level: str,
     resampling: tuple[int, float, int],
 ) -> list[MetricRow]:
-    probability = _probabilities(task.kind, logits)
+    survival = task.kind == "survival"
+    probability = _risk(task.method, logits)[:, None] if survival else _probabilities(task.kind, logits)
     truth = target.double().numpy()
     truth = np.where(truth < 0, np.nan, truth).reshape(len(cases), -1)
     if level == "patient":
         probability, truth, cases = _by_case(task, probability, truth, cases)
     group = np.unique(cases, return_inverse=True)[1] if cases else np.zeros(0, dtype=np.int64)
     kind_row = MetricRow(task.name, None, "", None, None, None, level, 0, 0, "")
+    if survival:
+        return [_survival_row(kind_row, probability[:, 0], truth, group, resampling)]
     if task.kind != "multilabel":
         names = task.classes if task.kind == "multiclass" else None
         return _score_rows(kind_row, task.kind, probability, truth[:, 0], group, resampling, names)
@@ -200,6 +222,25 @@ def _score_rows(
     return [
         _row(template, metric, point[metric][0], spread.get(metric), resampling, note) for metric in METRICS
     ]
+
+
+def _survival_row(
+    template: MetricRow,
+    risk: Array,
+    truth: Array,
+    group: NDArray[np.int64],
+    resampling: tuple[int, float, int],
+) -> MetricRow:
+    """The c-index of a survival task."""
+    there = ~np.isnan(truth).any(1)
+    template = replace(template, samples=int(there.sum()), cases=len(np.unique(group[there])))
+    scorer = _survival_scorer(risk, truth)
+    point = scorer(np.ones((1, len(truth))))[C_INDEX][0]
+    if np.isnan(point):
+        note = "no two samples can be compared" if there.any() else "no labels"
+        return _row(template, C_INDEX, point, None, resampling, note)
+    spread = _bootstrap(scorer, np.where(there, group, -1), resampling)
+    return _row(template, C_INDEX, point, spread.get(C_INDEX), resampling, "")
 
 
 def _macro_rows(
@@ -303,6 +344,18 @@ def _scorer(kind: str, probability: Array, truth: Array) -> Scorer:
         }
 
     return score
+
+
+def _survival_scorer(risk: Array, truth: Array) -> Scorer:
+    """The c-index as a function of sample weights; samples without label are left out."""
+    there = ~np.isnan(truth).any(1)
+    r, time, event = risk[there], truth[there, 0], truth[there, 1] == 1
+    return lambda weights: {C_INDEX: scores.c_index(r, time, event, weights[:, there])}
+
+
+def _risk(method: str, logits: Tensor) -> Array:
+    """float64 [S], higher = earlier event."""
+    return risk_score(method, logits.detach().cpu().double()).numpy()
 
 
 def _prepare(kind: str, logits: Tensor, target: Tensor) -> tuple[list[Scorer], Scorer]:

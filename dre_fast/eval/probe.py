@@ -35,9 +35,15 @@ def linear_probe(
 
     Raises:
         ValueError: no training slide has an embedding, or the training labels of a column do not hold every
-            class.
+            class; a survival task.
         ImportError: scikit-learn is missing.
     """
+    survival = [task.name for task in tasks if task.kind == "survival"]
+    if survival:
+        raise ValueError(
+            f"task {survival[0]!r}: a linear probe is a logistic regression and does not fit survival; leave this task "
+            "out (--tasks)"
+        )
     known = set(embeddings.slide_ids)
     records = [record for record in cohort.subset(train_split).records if record.slide_id in known]
     if not records:

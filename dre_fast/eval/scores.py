@@ -1,4 +1,4 @@
-"""Classification scores of weighted samples, many weightings at once.
+"""Classification and survival scores of weighted samples, many weightings at once.
 
 A bootstrap resample is a weighting: how often each sample was drawn. Computing a score for a whole matrix of
 weightings [R, n] costs one sort and a few cumulative sums, so a thousand resamples take milliseconds. With
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+_PAIRS = 2_000_000  # pairs of samples held at once
 
 
 def auc(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
@@ -37,6 +38,37 @@ def average_precision(score: Array, positive: NDArray[np.bool_], weights: Array)
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.where(called > 0, hits / called, 0.0)
         return (p * precision).sum(1) / p.sum(1)
+
+
+def c_index(risk: Array, time: Array, event: NDArray[np.bool_], weights: Array) -> Array:
+    """Harrell's concordance index: the weighted probability that of two samples the one at higher risk goes first.
+
+    A pair is comparable when the event of one comes before the time, event or censoring, of the other; of an event and
+    a censoring at the same time the event comes first, two events at the same time do not compare. Pairs of equal
+    risk count half (Harrell et al., JAMA 1982; Statistics in Medicine 1996). A pair weighs the product of its weights.
+
+    All pairs are looked at, for all weightings by one matrix product: R n^2 steps, seconds for 5,000 samples and a
+    thousand weightings.
+
+    Args:
+        risk: float64 [n], higher = earlier event. time: float64 [n]. event: bool [n], False = censored.
+        weights: float64 [R, n], non-negative.
+
+    Returns:
+        float64 [R]; NaN where no pair is comparable.
+    """
+    good, comparable = np.zeros(len(weights)), np.zeros(len(weights))
+    first = np.nonzero(event)[0]
+    block = max(1, _PAIRS // max(1, len(risk)))
+    for start in range(0, len(first), block):
+        rows = first[start : start + block, None]
+        later = (time > time[rows]) | ((time == time[rows]) & ~event)
+        right = later * ((risk < risk[rows]) + 0.5 * (risk == risk[rows]))
+        w = weights[:, rows[:, 0]]
+        good += ((w @ right) * weights).sum(1)
+        comparable += ((w @ later.astype(np.float64)) * weights).sum(1)
+    with np.errstate(invalid="ignore"):
+        return good / comparable
 
 
 def confusion(predicted: NDArray[np.int64], truth: NDArray[np.int64], classes: int, weights: Array) -> Array:

@@ -204,7 +204,7 @@ def load_encoder_weights(encoder: TileEncoder, path: str | Path) -> None:
 
 def task_card(task: Task) -> dict[str, Any]:
     """What a saved model or prediction file says of a task."""
-    return {"kind": task.kind, "classes": list(task.classes), "columns": list(task.columns)}
+    return task.card()
 
 
 def parameter_groups(

@@ -40,12 +40,15 @@ class TaskConfig:
     """One supervised task. ``columns`` are label columns of the cohort (default: the task's name)."""
 
     name: str = ""
-    kind: str = "multiclass"  # multiclass | binary | multilabel
+    kind: str = "multiclass"  # multiclass | binary | multilabel | survival (columns: [time, event])
     columns: list[str] = field(default_factory=list)
     classes: list[str] = field(
         default_factory=list
-    )  # order of the logits; binary: [negative, positive] in other words
+    )  # order of the logits; binary: [negative, positive] in other words, survival: [censored, event]
     weight: float = 1.0
+    balance: str = "none"  # none | inverse | effective: weights of the classes, by their number of slides
+    method: str = "cox"  # survival: cox | hazard
+    bins: int = 4  # intervals of a hazard head
 
 
 @dataclass
@@ -283,8 +286,34 @@ class Config:
                     f"column as columns: [{name}]"
                 )
         for task in self.loss.tasks:
-            _one_of(f"loss.tasks[{task.name}].kind", task.kind, ("multiclass", "binary", "multilabel"))
+            self._validate_task(task)
         return self
+
+    def _validate_task(self, task: TaskConfig) -> None:
+        key = f"loss.tasks[{task.name}]"
+        _one_of(f"{key}.kind", task.kind, ("multiclass", "binary", "multilabel", "survival"))
+        _one_of(f"{key}.balance", task.balance, ("none", "inverse", "effective"))
+        _one_of(f"{key}.method", task.method, ("cox", "hazard"))
+        if task.bins < 2:
+            raise ConfigError(f"{key}.bins={task.bins}: must be at least 2")
+        plain = TaskConfig()
+        if task.kind != "survival":
+            for name in ("method", "bins"):
+                if getattr(task, name) != getattr(plain, name):
+                    raise ConfigError(f"{key}.{name} is of survival tasks only; this one is {task.kind}")
+            return
+        if len(task.columns) != 2:
+            raise ConfigError(f"{key}.columns={task.columns}: a survival task reads two, [time, event]")
+        if task.balance != "none":
+            raise ConfigError(f"{key}.balance={task.balance}: a survival task has no classes to balance")
+        if task.method == "cox":
+            if task.bins != plain.bins:
+                raise ConfigError(f"{key}.bins is of method: hazard; Cox's model has no intervals")
+            if self.optim.batch_size == 1:
+                raise ConfigError(
+                    f"{key}.method=cox compares the slides of a batch with one another, and optim.batch_size=1 leaves "
+                    "nothing to compare; take more slides a batch, or method: hazard"
+                )
 
 
 def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -47,7 +47,7 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
     k = a_i, so the contributions sum to <d logit / d V, V>.
 
     Args:
-        target: class or column; default: the class with the largest logit.
+        target: class or column (survival: "risk", or "hazard 1" ...); default: the one with the largest logit.
 
     Raises:
         ValueError: ``target`` is not a class or column of the task.
@@ -57,7 +57,7 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
         residuals = model.encode_bags(features).residuals
     residuals = residuals.detach().requires_grad_(True)
     logits = model.represent(residuals).logits[task.name][0]
-    names = list(task.classes if task.kind == "multiclass" else task.columns)
+    names = list(task.output_names)
     if target is None:
         index = int(logits.argmax())
     elif target in names:

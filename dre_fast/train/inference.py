@@ -14,10 +14,9 @@ from torch import Tensor
 from dre_fast.data.cohort import Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.data.subset import Reader
-from dre_fast.eval.metrics import auc
+from dre_fast.eval.metrics import auc, c_index
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
-from dre_fast.nn.supervised import supervised_loss
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
 from dre_fast.train.build import SlideSet, build_model, task_card
@@ -99,12 +98,16 @@ def validate(
     *,
     chunk: int,
     group: Group,
+    supervised: Callable[[Task, Tensor, Tensor], Tensor],
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float | int | str | None]:
-    """Validation losses and AUCs of a set of slides, shared out to the processes of a group.
+    """Validation losses, AUCs and c-indices of a set of slides, shared out to the processes of a group.
 
-    ``val_score``, by which the best model is kept, is the mean AUC over the tasks whose AUC is defined, with the loss
-    as tie-breaker (minus a thousandth of it); without any, it is minus the loss.
+    ``val_score``, by which the best model is kept, is the mean over the tasks of AUC (survival tasks: c-index), where it
+    is defined, with the loss as tie-breaker (minus a thousandth of it); without any, it is minus the loss.
+
+    Args:
+        supervised: (task, logits, target) -> loss.
     """
     logits, projected = _encode_shared(model, slides, tasks, chunk, autocast, group)
     result: dict[str, float | int | str | None] = {}
@@ -117,18 +120,21 @@ def validate(
                 value = loss.among(projected[there].to(report_matrix.device), report_matrix[cases], cases)
             result["val_loss_contrastive"] = value.item()
             losses.append(value.item())
-    aucs = []
+    scores = []
     for task in tasks:
         own, target = logits[task.name], slides.targets[task.name]
-        result[f"val_loss_{task.name}"] = supervised_loss(task.kind, own, target).item()
+        result[f"val_loss_{task.name}"] = supervised(task, own, target).item()
         losses.append(float(result[f"val_loss_{task.name}"]))  # type: ignore[arg-type]
-        value_auc = auc(task.kind, own, target)
-        result[f"val_auc_{task.name}"] = value_auc
-        if value_auc is not None:
-            aucs.append(value_auc)
+        if task.kind == "survival":
+            metric, score = "c_index", c_index(task.method, own, target)
+        else:
+            metric, score = "auc", auc(task.kind, own, target)
+        result[f"val_{metric}_{task.name}"] = score
+        if score is not None:
+            scores.append(score)
     total = sum(losses)
     result["val_loss"] = total
-    result["val_score"] = sum(aucs) / len(aucs) - 1e-3 * total if aucs else -total
+    result["val_score"] = sum(scores) / len(scores) - 1e-3 * total if scores else -total
     return result
 
 
@@ -171,10 +177,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     state, card = on_disk.load_model(file)
     config: Config = config_from_dict(card["config"])
     config.model.encoder_weights = None  # the weights come from this file
-    tasks = [
-        Task(name, spec["kind"], tuple(spec["classes"]), tuple(spec["columns"]))
-        for name, spec in card["tasks"].items()
-    ]
+    tasks = [Task.from_card(name, spec) for name, spec in card["tasks"].items()]
     model = build_model(
         config, [], card["report_dim"], {task.name: task.outputs for task in tasks}, torch.device(device)
     )

@@ -33,6 +33,7 @@ from dre_fast.train.objective import Objective
 from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import epoch_order, plan_epoch
 from dre_fast.train.shards import with_shards
+from dre_fast.train.supervision import describe_tasks
 from dre_fast.train.writer import BankWriter
 
 
@@ -134,6 +135,9 @@ class Trainer:
         if self.group.first:
             self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
             self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
+        if self.group.first:
+            for line in describe_tasks(self.tasks, self.data.train.targets, self.objective.class_weights):
+                print(line, file=sys.stderr)
         try:
             if not self._resumed:
                 self._prefill()
@@ -407,6 +411,7 @@ class Trainer:
             self.objective.reports,
             chunk=self.config.run.encode_chunk,
             group=self.group,
+            supervised=self.objective.supervised,
             autocast=self._autocast,
         )
 

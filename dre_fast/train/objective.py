@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dre_fast.data.cohort import Task
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import SlideOutput
-from dre_fast.nn.supervised import supervised_loss
+from dre_fast.nn.supervised import class_weights, supervised_loss
 from dre_fast.train.build import Reports, SlideSet
 from dre_fast.train.config import LossConfig
 
@@ -24,6 +24,7 @@ class Objective(nn.Module):
         reports: embeddings of the cohort's reports, or None for a run without.
 
     Attributes:
+        class_weights: task -> :func:`~dre_fast.nn.supervised.class_weights`, or None for none.
         contrast: the slide-report loss, with its learnable temperature.
         reports: fp32 [M, T], or None.
     """
@@ -38,6 +39,11 @@ class Objective(nn.Module):
         self.weights = {
             "contrastive": config.contrastive_weight,
             **{task.name: task.weight for task in config.tasks},
+        }
+        balance = {task.name: task.balance for task in config.tasks}
+        self.class_weights = {
+            task.name: class_weights(task.kind, self.targets[task.name], task.outputs, balance[task.name])
+            for task in self.tasks
         }
         self.contrast = SlideReportLoss(kind=config.contrastive or "infonce", negatives=config.negatives)
         self.register_buffer("reports", None if reports is None else reports.matrix, persistent=False)
@@ -66,12 +72,23 @@ class Objective(nn.Module):
                 )
         for task in self.tasks:
             target = self.targets[task.name][slides].to(device)
-            parts[task.name] = supervised_loss(task.kind, out.logits[task.name], target)
+            parts[task.name] = self.supervised(task, out.logits[task.name], target)
         total = sum(
             (self.weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float()
         )
         # a batch in which no slide has a report or label still has a graph, and a zero gradient
         return total + 0.0 * out.embedding.float().sum(), parts
+
+    def supervised(self, task: Task, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of one task for some slides, of any split, with the class weights of the training slides."""
+        return supervised_loss(
+            task.kind,
+            logits,
+            target,
+            weight=self.class_weights[task.name],
+            method=task.method,
+            edges=task.edges,
+        )
 
     @property
     def temperature(self) -> float | None:

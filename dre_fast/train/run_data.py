@@ -15,6 +15,7 @@ from dre_fast.train.config import Config
 from dre_fast.train.distributed import Group
 from dre_fast.train.samplers import steps_per_epoch
 from dre_fast.train.shards import deal_slides, shards_of
+from dre_fast.train.supervision import fit_survival
 
 
 class RunData:
@@ -22,7 +23,7 @@ class RunData:
 
     Attributes:
         train, val: all slides of the splits, ``val`` None without one.
-        tasks: resolved on the cohort.
+        tasks: resolved on the cohort, intervals of time on its training slides.
         reports: embeddings, or None without a contrastive loss.
         fingerprint: hashes of all of it.
         numbers: int64 [S], the training slides this process holds, ascending; ``own`` are these alone.
@@ -40,7 +41,9 @@ class RunData:
         cohort = Cohort.read(data.cohort, missing_values=data.missing_values)
         train, val = split_records(cohort, data)
         self.tasks = [
-            cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
+            cohort.resolve(
+                Task(task.name, task.kind, tuple(task.classes), tuple(task.columns), task.method, task.bins)
+            )
             for task in loss.tasks
         ]
         self.reports: Reports | None = load_reports(data.reports) if loss.contrastive else None
@@ -65,6 +68,7 @@ class RunData:
         if self.reports is not None and not (self.train.report_rows >= 0).any():
             raise ValueError(f"{data.reports}: holds a report for none of the training cases")
         check_labels(self.tasks, self.train, self.val)
+        self.tasks = fit_survival(self.tasks, self.train)
         if config.model.codewords > sum(self.train.tiles):
             raise ValueError(
                 f"model.codewords={config.model.codewords}, but the training slides have only "
