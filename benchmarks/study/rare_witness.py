@@ -61,7 +61,13 @@ def base(data: Path) -> dict[str, Any]:
             "head_warmup_epochs": 2,
             "weight_decay": 0.05,
         },
-        "run": {"tensorboard": False, "checkpoint_every": 10**6, "validate_every": EPOCHS, "threads": 1},
+        "run": {
+            "tensorboard": False,
+            "pictures": False,
+            "checkpoint_every": 10**6,
+            "validate_every": EPOCHS,
+            "threads": 1,
+        },
     }
 
 

@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "evaluate",
-        help="AUC, F1, accuracy of predictions, with bootstrap intervals",
-        description="Judge what `dre-fast encode` wrote against the labels of a cohort: AUC, average "
-        "precision, F1, "
-        "accuracy and balanced accuracy with percentile bootstrap intervals over cases. Slides without a "
-        "label are left "
-        "out, for each label column on its own. Needs only the label columns of the cohort, no slide files.",
+        help="AUC, F1, accuracy, c-index of predictions, with bootstrap intervals",
+        description="Judge what `dre-fast encode` wrote against the labels of a cohort: AUC, average precision, F1, "
+        "accuracy and balanced accuracy, the c-index of survival tasks, with percentile bootstrap intervals over "
+        "cases. Slides without a label are left out, for each label column on its own. Needs only the label columns "
+        "of the cohort, no slide files.",
         epilog="examples: dre-fast evaluate test.safetensors --cohort cohort.csv --split test --out scores | "
         "dre-fast evaluate all.h5 --cohort cohort.csv --split test --linear-probe --tasks subtype "
         "genes=EGFR,TP53",

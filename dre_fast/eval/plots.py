@@ -12,18 +12,19 @@ import numpy as np
 
 from dre_fast.eval.figures import INK, MUTED, PALETTE, new_figure, save_figure, tidy
 
+_JUDGED = ("val_auc_", "val_c_index_")
 _STATISTICS = {"q50": "median", "q90": "90th percentile", "q99": "99th percentile", "max": "largest"}
 
 Log = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
-    """Draws training loss, validation loss and the validation AUC of each task, one line a run.
+    """Draws training loss, validation loss and the validation AUC or c-index of each task, one line a run.
 
     Args:
         path: file to write; its suffix decides the format (.png, .pdf, .svg).
         logs: run name -> lines of its metrics.jsonl. Lines of kind "step" have step and loss; lines of kind
-            "epoch" have epoch and, where the run was validated, val_loss and val_auc_TASK.
+            "epoch" have epoch and, where the run was validated, val_loss, val_auc_TASK and val_c_index_TASK.
 
     Raises:
         ValueError: no run, or no line of kind "step" in any of them.
@@ -33,7 +34,7 @@ def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
     keys = [
         key
         for key in dict.fromkeys(k for log in logs.values() for record in log for k in record)
-        if key == "val_loss" or key.startswith("val_auc_")
+        if key == "val_loss" or key.startswith(_JUDGED)
     ]
     panels = [("step", "loss"), *(("epoch", key) for key in keys)]
     figure, axes = _panels(len(panels))
@@ -49,7 +50,7 @@ def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
                 axis.plot(x + 1, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
         axis.set_xlabel(kind, fontsize=8, color=MUTED)
         axis.set_title(_title(key), fontsize=9, color=INK, loc="left")
-        if key.startswith("val_auc_"):
+        if key.startswith(_JUDGED):
             axis.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
             axis.set_ylim(top=1.02)
         tidy(axis)
@@ -67,8 +68,9 @@ def draw_staleness(
         path: file to write; its suffix decides the format.
         log: lines of a metrics.jsonl; lines of kind "epoch" have bank_age_mean, bank_age_max,
             bank_never_refreshed, bank_drift_mean and quantiles bank_drift_*. Lines of kind "fidelity" add a panel:
-            the cosines of slide embedding and encoder gradient with the exact ones.
-        statistics: what `MemoryBank.statistics()` gives; adds the histogram of ages.
+            the cosines of slide embedding and encoder gradient with the exact ones; those of kind "drift" one of the
+            drift guard.
+        statistics: what `MemoryBank.statistics()` gives; adds the histograms of ages and of drift.
 
     Raises:
         ValueError: no line of kind "epoch" with statistics of the bank.
@@ -78,7 +80,8 @@ def draw_staleness(
             "the metrics log holds no statistics of the memory bank to draw (lines of kind 'epoch')"
         )
     probed = any(record.get("kind") == "fidelity" for record in log)
-    figure, axes = _panels(3 + bool(statistics) + probed)
+    guarded = any(record.get("kind") == "drift" for record in log)
+    figure, axes = _panels(3 + 2 * bool(statistics) + probed + guarded)
     groups = (
         ("age of rows, steps", [("mean", "bank_age_mean"), ("oldest", "bank_age_max")]),
         ("drift when refreshed, 1 - cos", _drift_keys(log)),
@@ -100,15 +103,35 @@ def draw_staleness(
         tidy(axis)
     axes[2].set_ylim(0, 1)
     if statistics:
-        histogram = statistics["age_histogram"]
-        edges, rows = (np.asarray(histogram[name], dtype=float) for name in ("edges", "rows"))
-        axes[3].bar(edges[:-1], rows, width=np.diff(edges), align="edge", color=PALETTE[0])
-        axes[3].set_title("ages at the end, rows", fontsize=9, color=INK, loc="left")
-        axes[3].set_xlabel("steps since written", fontsize=8, color=MUTED)
-        tidy(axes[3])
+        _draw_histogram(axes[3], statistics["age_histogram"], "ages now, rows", "steps since written")
+        _draw_histogram(axes[4], statistics["drift_histogram"], "last drift, rows", "1 - cos when refreshed")
+        axes[4].set_xscale("log")
     if probed:
-        _draw_fidelity(axes[-1], log)
+        _draw_fidelity(axes[-1 - guarded], log)
+    if guarded:
+        _draw_guard(axes[-1], log)
     return save_figure(figure, path)
+
+
+def _draw_histogram(axis: Any, histogram: Mapping[str, Any], title: str, unit: str) -> None:
+    edges, rows = (np.asarray(histogram[name], dtype=float) for name in ("edges", "rows"))
+    axis.bar(edges[:-1], rows, width=np.diff(edges), align="edge", color=PALETTE[0])
+    axis.set_title(title, fontsize=9, color=INK, loc="left")
+    axis.set_xlabel(unit, fontsize=8, color=MUTED)
+    tidy(axis)
+
+
+def _draw_guard(axis: Any, log: Log) -> None:
+    lines = (("load (1 = limit)", "load"), ("factor on the encoder's rate", "factor"))
+    for (name, key), colour in zip(lines, _colours(2)):
+        x, y = _series(log, "drift", "step", key)
+        axis.plot(x, y, color=colour, linewidth=1.2, label=name)
+    axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
+    axis.set_ylim(0, None)
+    axis.set_title("drift guard", fontsize=9, color=INK, loc="left")
+    axis.set_xlabel("step", fontsize=8, color=MUTED)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
+    tidy(axis)
 
 
 def _draw_fidelity(axis: Any, log: Log) -> None:
@@ -185,6 +208,8 @@ def _title(key: str) -> str:
         return "training loss"
     if key == "val_loss":
         return "validation loss"
+    if key.startswith("val_c_index_"):
+        return f"validation c-index: {key.removeprefix('val_c_index_')}"
     return f"validation AUC: {key.removeprefix('val_auc_')}"
 
 

@@ -27,7 +27,7 @@ FREE_ON_RESUME = frozenset(
         "memory.cache",
         "memory.budget",
     }  # where rows lie does not show in a run
-    | {"run.device", "run.threads", "run.tensorboard", "run.checkpoint_every"}
+    | {"run.device", "run.threads", "run.tensorboard", "run.pictures", "run.checkpoint_every"}
 )
 
 
@@ -146,6 +146,7 @@ class RunConfig:
     validate_every: int = 1  # epochs
     encode_chunk: int = 256  # tiles encoded at once without gradient
     tensorboard: bool = True
+    pictures: bool = True  # curves.png and staleness.png in the run's folder, drawn once a minute
     shards: int | None = (
         None  # groups of slides that processes share; null: one for each process at the start
     )

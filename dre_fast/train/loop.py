@@ -30,6 +30,7 @@ from dre_fast.train.freshness import Scalars, freshness
 from dre_fast.train.guard import EncoderGuard
 from dre_fast.train.inference import validate
 from dre_fast.train.objective import Objective
+from dre_fast.train.pictures import Pictures
 from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import epoch_order, plan_epoch
 from dre_fast.train.shards import with_shards
@@ -131,10 +132,11 @@ class Trainer:
         if self._state is not None:
             self._restore(self._state)
             self._state = None
-        self.log = self.board = None
+        self.log = self.board = self.pictures = None
         if self.group.first:
             self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
             self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
+            self.pictures = Pictures(self.out) if self.config.run.pictures else None
         if self.group.first:
             for line in describe_tasks(self.tasks, self.data.train.targets, self.objective.class_weights):
                 print(line, file=sys.stderr)
@@ -227,7 +229,8 @@ class Trainer:
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
         summary: Scalars = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
-        summary.update(freshness(self.model.bank.statistics(step=self.step), self.group))
+        statistics = self.model.bank.statistics(step=self.step)
+        summary.update(freshness(statistics, self.group))
         last = epoch + 1 == self.config.optim.epochs
         if self.val is not None and ((epoch + 1) % self.config.run.validate_every == 0 or last):
             summary.update(self._validate())
@@ -240,6 +243,8 @@ class Trainer:
         self.epoch, self.batch = epoch + 1, 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._record("epoch", seconds=time.perf_counter() - started, **summary)
+        if self.pictures is not None:
+            self.pictures.draw(statistics, last=last)
         shown = [
             f"{k} {v:.3f}"
             for k, v in summary.items()

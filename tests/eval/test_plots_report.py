@@ -83,9 +83,13 @@ def test_staleness_from_the_log_and_from_a_bank(tmp_path: Path):
         {"kind": "fidelity", "step": 10 * i, "embedding": 0.9, "gradient": [0.5, None][i % 2]}
         for i in range(9)
     ]
-    plain = draw_staleness(tmp_path / "p.png", log(), statistics=bank.statistics(step=4))
-    probed = draw_staleness(tmp_path / "f.png", log() + fidelity, statistics=bank.statistics(step=4))
-    assert Image.open(probed).size[1] > Image.open(plain).size[1]  # a panel more: a second row
+    guard = [{"kind": "drift", "step": 10 * i, "load": 0.5, "factor": 0.1 * i} for i in range(9)]
+    widths = [
+        Image.open(draw_staleness(tmp_path / f"{i}.png", rows)).size
+        for i, rows in enumerate((log(), log() + fidelity, log() + fidelity + guard))
+    ]
+    assert widths[0][0] < widths[1][0]  # a panel more,
+    assert widths[1][1] < widths[2][1]  # and another, in a second row
     with pytest.raises(ValueError, match="memory bank"):
         draw_staleness(tmp_path / "n.png", [{"kind": "step", "loss": 1.0}])
 

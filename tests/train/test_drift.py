@@ -167,3 +167,10 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(tiny_cohort, *overrides).validate()
+
+
+def test_a_run_draws_itself(tiny_cohort: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_cohort, *FAST, "run.pictures=true", "run.probe_every=3", "optim.epochs=2")
+    Trainer(config, tmp_path / "run").fit()
+    for name in ("curves.png", "staleness.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 10_000

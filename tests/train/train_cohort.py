@@ -71,6 +71,7 @@ def tiny_config(root: Path, *overrides: str) -> Config:
             "run.threads=1",
             "run.checkpoint_every=2",
             "run.tensorboard=false",
+            "run.pictures=false",
             *overrides,
         ],
     )
