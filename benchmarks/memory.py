@@ -65,14 +65,24 @@ def peak_on_gpu(run: Callable[[], Any]) -> int:
 def peak_here(job: Job) -> int:
     """Bytes by which resident memory rises at most during ``job.run``. Meant for a process started for it."""
     job.warm()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR.write_text("5")  # the highest resident size so far is forgotten
-    before = _status("VmRSS")
+    before = forget_peak()
     result = job.run()
-    peak = _status("VmHWM")
+    peak = highest()
     del result
     return max(0, peak - before)
+
+
+def forget_peak() -> int:
+    """Forget the highest resident size of this process so far; returns the present one, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")
+    return _status("VmRSS")
+
+
+def highest() -> int:
+    """Highest resident size of this process since :func:`forget_peak`, in bytes."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

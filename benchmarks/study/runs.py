@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import forget_peak, highest, why_not
 from dre_fast.train.config import config_from_dict
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
@@ -43,6 +43,7 @@ def train_once(run: Run, base: Mapping[str, Any], folder: Path, outcomes: Path) 
         tree[section][name] = value
     out = folder / f"{run.name}-{run.seed}".replace(" ", "_")
     shutil.rmtree(out, ignore_errors=True)
+    before = 0 if why_not() else forget_peak()
     began = time.perf_counter()
     trainer = Trainer(config_from_dict(tree), out)
     trainer.fit()
@@ -53,7 +54,7 @@ def train_once(run: Run, base: Mapping[str, Any], folder: Path, outcomes: Path) 
         "settings": dict(run.settings),
         "seconds": time.perf_counter() - began,
         "step_seconds": sum(row["seconds"] for row in log if row["kind"] == "step"),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": None if why_not() else (highest() - before) / 2**20,
         "steps": trainer.step,
         "log": [_rounded(row) for row in log if row["kind"] != "step"],
     }
