@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.table import grid  # noqa: E402
 
-SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "bank", "codebook")
+SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "bank", "codebook", "training")
 NEED_CEILINGS = ("encode", "retrieve", "soft", "bank")
 
 
@@ -74,7 +74,7 @@ def measure(section: str, parts: Path, dry: bool) -> int:
 
     The ceilings of the same run are read from their part. Returns how many measurements failed.
     """
-    from benchmarks import gpu_bank, gpu_sections
+    from benchmarks import gpu_bank, gpu_sections, gpu_training
 
     part = {"section": section, "dry_run": dry, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -86,7 +86,8 @@ def measure(section: str, parts: Path, dry: bool) -> int:
     if section == "environment":
         write(environment())
         return 0
-    function = gpu_bank.bank if section == "bank" else getattr(gpu_sections, section)
+    elsewhere = {"bank": gpu_bank.bank, "training": gpu_training.training}
+    function = elsewhere.get(section) or getattr(gpu_sections, section)
     arguments: list[Any] = [dry]
     if section in NEED_CEILINGS:
         file = parts / "ceilings.json"

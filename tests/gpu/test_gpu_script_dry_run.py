@@ -69,6 +69,7 @@ def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
         "P5",
         "P6",
         "P7",
+        "P8 m=2",
         "P12",
     }
     assert not [row for row in rows if "error" in row]
