@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dre_fast.train.config import Config
 
 
 def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
     """A trained model and the tiled cohort it is applied to."""
     parser.add_argument("model", help="run folder, or a .safetensors model file")
     parser.add_argument("--cohort", required=True, help="cohort CSV; labels and splits are not needed")
-    parser.add_argument("--tiles", required=True, help="folder that `dre-fast tile` wrote for this cohort")
+    parser.add_argument(
+        "--tiles",
+        required=True,
+        action="append",
+        help="folder that `dre-fast tile` wrote for this cohort; repeat it for a model of several magnifications",
+    )
     parser.add_argument(
         "--backend", default="auto", help="slide reader: auto, openslide, cucim, images, array"
     )
@@ -21,6 +31,20 @@ def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--chunk", type=_positive, default=256, help="tiles encoded at once")
+
+
+def check_magnifications(folders: Sequence[str], trained: Config) -> None:
+    """Refuse other numbers of magnifications than a model was trained on.
+
+    Raises:
+        ValueError: names the folders of the training.
+    """
+    expected = trained.data.tile_folders
+    if len(folders) != len(expected):
+        raise ValueError(
+            f"the model was trained on tiles of {len(expected)} folders ({', '.join(expected)}): give --tiles "
+            f"{len(expected)} times, one folder for each magnification, not {len(folders)} times"
+        )
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dre_fast.cli.common import add_model_and_slides
+from dre_fast.cli.common import add_model_and_slides, check_magnifications
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     loaded = load_run(args.model, device)
+    check_magnifications(args.tiles, loaded.config)
     cohort = Cohort.read(args.cohort).subset(args.split)
     slides = slide_set(
         cohort,

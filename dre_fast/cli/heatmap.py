@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dre_fast.cli.common import add_model_and_slides
+from dre_fast.cli.common import add_model_and_slides, check_magnifications
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.train.inference import load_run
 
     loaded = load_run(args.model, pick_device(args.device))
+    check_magnifications(args.tiles, loaded.config)
     cohort = Cohort.read(args.cohort)
     if args.slide:
         cohort = cohort.select(args.slide)

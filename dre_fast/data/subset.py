@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dre_fast.data.multiscale import JoinedTiling, MultiScaleReader
 from dre_fast.data.tiles import CachedTileReader, TileReader
 from dre_fast.data.tiling import Tiling
 
@@ -20,9 +21,9 @@ class SubsetReader:
         slides: int64 [S], the slides of the share.
     """
 
-    def __init__(self, reader: TileReader | CachedTileReader, slides: Tensor) -> None:
+    def __init__(self, reader: TileReader | CachedTileReader | MultiScaleReader, slides: Tensor) -> None:
         self.reader, self.slides = reader, slides.tolist()
-        self.tilings: list[Tiling] = [reader.tilings[slide] for slide in self.slides]
+        self.tilings: list[Tiling | JoinedTiling] = [reader.tilings[slide] for slide in self.slides]
         self.tile_size = reader.tile_size
 
     def __len__(self) -> int:
@@ -49,4 +50,4 @@ class SubsetReader:
         self.reader.close()
 
 
-Reader = TileReader | CachedTileReader | SubsetReader
+Reader = TileReader | CachedTileReader | MultiScaleReader | SubsetReader

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dre_fast.data.cohort import Cohort, SlideRecord, Task
 from dre_fast.data.coords import read_coords
+from dre_fast.data.multiscale import MultiScaleReader
 from dre_fast.data.reports import ReportEmbeddings
 from dre_fast.data.subset import Reader, SubsetReader
 from dre_fast.data.tiles import CachedTileReader, TileReader
@@ -60,7 +61,7 @@ class Reports:
 def slide_set(
     cohort: Cohort,
     records: Sequence[SlideRecord],
-    tiles_dir: str | Path,
+    tiles_dir: str | Path | Sequence[str | Path],
     tasks: Sequence[Task] = (),
     reports: Reports | None = None,
     *,
@@ -73,45 +74,54 @@ def slide_set(
     """Open the tiles of some records of a cohort.
 
     Args:
-        skip_untiled: leave out slides without coordinate file, with a warning that names them.
+        tiles_dir: a folder of tilings, or several, one for each magnification: the tiles of a slide are those of all
+            folders, in this order (see :class:`dre_fast.data.multiscale.MultiScaleReader`).
+        skip_untiled: leave out slides without coordinate file in any of the folders, with a warning that names them.
 
     Raises:
-        ValueError: a slide has no coordinate file in ``tiles_dir``, or one without tiles; the message names the slide
-            and the file. No slide is left.
+        ValueError: no such folder; a slide has no coordinate file in one, or no tiles in any; the message names the
+            slide and the file. No slide is left. Tilings of different ``tile_size``, or twice the same.
     """
-    if not Path(tiles_dir).is_dir():
-        raise ValueError(f"{tiles_dir}: no such folder of tiles; run `dre-fast tile` on the cohort first")
-    files = {record.slide_id: Path(tiles_dir) / f"{record.slide_id}.h5" for record in records}
-    untiled = [slide_id for slide_id, file in files.items() if not file.exists()]
-    if untiled and skip_untiled and len(untiled) < len(records):
+    folders = [Path(tiles_dir)] if isinstance(tiles_dir, (str, Path)) else [Path(path) for path in tiles_dir]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder of tiles; run `dre-fast tile` on the cohort first")
+    files = {record.slide_id: [folder / f"{record.slide_id}.h5" for folder in folders] for record in records}
+    absent = {
+        slide_id: next(file for file in paths if not file.exists())
+        for slide_id, paths in files.items()
+        if not all(file.exists() for file in paths)
+    }
+    where = " or ".join(str(folder) for folder in folders)
+    if absent and skip_untiled and len(absent) < len(records):
         warnings.warn(
-            f"{len(untiled)} of {len(records)} slides have no tiles in {tiles_dir} and are left out: "
-            f"{', '.join(untiled)}",
+            f"{len(absent)} of {len(records)} slides have no tiles in {where} and are left out: {', '.join(absent)}",
             stacklevel=2,
         )
-        records = [record for record in records if files[record.slide_id].exists()]
-    elif untiled:
+        records = [record for record in records if record.slide_id not in absent]
+    elif absent:
+        untiled, missing_file = next(iter(absent.items()))
         raise ValueError(
-            f"slide {untiled[0]}: no tile coordinates at {files[untiled[0]]} ({len(untiled)} of {len(records)} slides "
+            f"slide {untiled}: no tile coordinates at {missing_file} ({len(absent)} of {len(records)} slides "
             "have none); run `dre-fast tile` on the cohort first, or leave such slides out (train: "
             "data.skip_untiled=true, encode and heatmap: --skip-untiled)"
         )
     tilings = []
     for record in records:
-        tilings.append(read_coords(files[record.slide_id]))
-        if not len(tilings[-1]):
-            raise ValueError(
-                f"slide {record.slide_id}: {files[record.slide_id]} holds no tiles; take the slide out"
-            )
+        scales = [read_coords(file) for file in files[record.slide_id]]
+        if not any(len(tiling) for tiling in scales):
+            shown = ", ".join(str(file) for file in files[record.slide_id])
+            raise ValueError(f"slide {record.slide_id}: {shown} holds no tiles; take the slide out")
+        tilings += scales
     paths = [record.path for record in records if record.path is not None]
     if len(paths) != len(records):
         missing = next(record.slide_id for record in records if record.path is None)
         raise ValueError(f"slide {missing}: the cohort gives no path, but its tiles are to be read")
-    reader: TileReader | CachedTileReader = TileReader(
-        paths, tilings, backend=backend, max_open=max_open, mpp=mpp
+    flat = TileReader(
+        [path for path in paths for _ in folders], tilings, backend=backend, max_open=max_open, mpp=mpp
     )
-    if cache is not None and isinstance(reader, TileReader):
-        reader = reader.cache_to(cache)
+    tiles: TileReader | CachedTileReader = flat if cache is None else flat.cache_to(cache)
+    reader = tiles if len(folders) == 1 else MultiScaleReader(tiles, len(folders))
     rows = [reports.row_of_case.get(r.case_id, -1) if reports else -1 for r in records]
     return SlideSet(
         list(records),

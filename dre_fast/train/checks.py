@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.cohort import Cohort, CohortError, SlideRecord, Task
+from dre_fast.data.multiscale import scales_of
 from dre_fast.data.tiles import fingerprint
 from dre_fast.train import state as on_disk
 from dre_fast.train.build import Reports, SlideSet
@@ -95,7 +96,9 @@ def data_fingerprint(train: SlideSet, val: SlideSet | None, reports: Reports | N
     marks = {"reports": _hash(reports.matrix if reports else None)}
     for name, slides in (("training", train), ("validation", val)):
         if slides is not None:
-            marks[f"{name} slides and tiles"] = _hash(*(fingerprint(t) for t in slides.reader.tilings))
+            marks[f"{name} slides and tiles"] = _hash(
+                *(fingerprint(t) for joined in slides.reader.tilings for t in scales_of(joined))
+            )
             marks[f"{name} labels"] = _hash(*(slides.targets[task] for task in sorted(slides.targets)))
             marks[f"cases of the {name} slides"] = _hash(slides.report_rows)
     return marks

@@ -54,7 +54,7 @@ class TaskConfig:
 @dataclass
 class DataConfig:
     cohort: str = ""  # cohort CSV
-    tiles: str = ""  # folder of coordinate files written by `dre-fast tile`
+    tiles: str | list[str] = ""  # folder that `dre-fast tile` wrote, or a list of them, one a magnification
     reports: str | None = None  # safetensors written by `dre-fast embed-reports`
     backend: str = "auto"  # auto | openslide | cucim | images | array
     mpp: float | None = None  # um/px of slides that do not say
@@ -71,6 +71,11 @@ class DataConfig:
     skip_untiled: bool = (
         False  # leave out slides without tiles, e.g. those that `dre-fast tile --skip-bad` skipped
     )
+
+    @property
+    def tile_folders(self) -> list[str]:
+        """``tiles`` as a list."""
+        return [self.tiles] if isinstance(self.tiles, str) else self.tiles
 
 
 @dataclass
@@ -93,6 +98,12 @@ class MemoryConfig:
     dtype: str = "int8"  # int8 | bfloat16 | float16 | float32 | float8_e4m3fn
     mode: str = "full"  # full | sampled | none | exact (every tile with gradient, in two passes: the oracle)
     live: int = 32  # m, tiles per slide with gradient
+    scale_shares: list[float] = field(
+        default_factory=list
+    )  # parts of the live tiles for each folder of data.tiles, e.g. [3, 1]; none: equal ones
+    guided: float = 0.0  # part of the live tiles that the slide's report draws, in [0, 1)
+    candidates: int = 1024  # tiles of a slide (at each magnification) that it draws them from
+    guide_temperature: float = 1.0  # low: the best candidates alone; high: any
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
     grad_scale: str | float = "none"  # none | unbiased | a number
     refresh: int = 0  # rows a step encoded again without gradient, the oldest of the step's slides first
@@ -168,7 +179,11 @@ class Config:
         """The same with every path absolute, so that a saved config means the same in any working folder."""
         changed = copy.deepcopy(self)
         data, model = changed.data, changed.model
-        data.cohort, data.tiles = os.path.abspath(data.cohort), os.path.abspath(data.tiles)
+        data.cohort = os.path.abspath(data.cohort)
+        if isinstance(data.tiles, str):
+            data.tiles = os.path.abspath(data.tiles)
+        else:
+            data.tiles = [os.path.abspath(folder) for folder in data.tiles]
         data.reports = data.reports and os.path.abspath(data.reports)
         data.cache = data.cache and os.path.abspath(data.cache)
         memory = changed.memory
@@ -220,6 +235,7 @@ class Config:
         for key in (
             "model.codewords",
             "memory.live",
+            "memory.candidates",
             "optim.epochs",
             "optim.batch_size",
             "run.encode_chunk",
@@ -268,8 +284,9 @@ class Config:
                 raise ConfigError(f"{key}={number}: must be a number >= 0")
         if not self.data.cohort:
             raise ConfigError("data.cohort is not set: the cohort CSV")
-        if not self.data.tiles:
+        if not self.data.tiles or not all(self.data.tile_folders):
             raise ConfigError("data.tiles is not set: the folder that `dre-fast tile` wrote")
+        self._validate_sampling()
         if self.loss.contrastive and not self.data.reports:
             raise ConfigError(
                 "loss.contrastive needs data.reports (a file from `dre-fast embed-reports`); "
@@ -289,6 +306,54 @@ class Config:
         for task in self.loss.tasks:
             self._validate_task(task)
         return self
+
+    def _validate_sampling(self) -> None:
+        """Of tiles at several magnifications, and tiles that the report draws."""
+        memory, scales = self.memory, len(self.data.tile_folders)
+        if len({os.path.abspath(folder) for folder in self.data.tile_folders}) < scales:
+            raise ConfigError(f"data.tiles={self.data.tiles}: a folder is given twice")
+        if memory.scale_shares and len(memory.scale_shares) != scales:
+            raise ConfigError(
+                f"memory.scale_shares={memory.scale_shares}: needs one share for each of the {scales} folders of "
+                "data.tiles"
+            )
+        if not all(0 < share < math.inf for share in memory.scale_shares):
+            raise ConfigError(f"memory.scale_shares={memory.scale_shares}: shares must be numbers > 0")
+        if memory.live < scales:
+            raise ConfigError(
+                f"memory.live={memory.live}: each of the {scales} magnifications needs one live tile at least"
+            )
+        if not 0 <= memory.guided < 1:
+            raise ConfigError(f"memory.guided={memory.guided}: must be in [0, 1)")
+        if not 0 < memory.guide_temperature < math.inf:
+            raise ConfigError(f"memory.guide_temperature={memory.guide_temperature}: must be a number > 0")
+        drawn = int(memory.guided * memory.live)
+        if memory.guided and drawn < scales:
+            raise ConfigError(
+                f"memory.guided={memory.guided} of memory.live={memory.live} live tiles are {drawn}: less than one "
+                "at each magnification"
+            )
+        if memory.guided and memory.candidates < drawn:
+            raise ConfigError(
+                f"memory.candidates={memory.candidates}: {drawn} tiles are to be drawn from them"
+            )
+        if memory.guided and not self.loss.contrastive:
+            raise ConfigError(
+                "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports"
+            )
+        if memory.guided and memory.mode == "exact":
+            raise ConfigError("memory.guided has no use with memory.mode=exact: every tile is live")
+        which = "memory.guided" if memory.guided else "several folders in data.tiles" if scales > 1 else None
+        if which and memory.mode == "sampled":
+            raise ConfigError(
+                f"memory.mode=sampled retrieves the rows that follow the live ones in the one permutation of a slide, "
+                f"which {which} departs from; use memory.mode=full, which sees all rows at less cost, or none"
+            )
+        if which and memory.grad_scale == "unbiased":
+            raise ConfigError(
+                f"memory.grad_scale=unbiased: n/m is the right factor when all tiles of a slide are live equally "
+                f"often; with {which} they are not: use none or a number"
+            )
 
     def _validate_task(self, task: TaskConfig) -> None:
         key = f"loss.tasks[{task.name}]"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.cohort import Task
+from dre_fast.data.multiscale import scales_of
 from dre_fast.data.slides import open_slide
 from dre_fast.eval.heatmap import contributions, draw_codewords, draw_contributions
 from dre_fast.reference.encode import hard_assign
@@ -84,31 +85,41 @@ def draw_slide(
     target: str | None = None,
     chunk: int = 256,
 ) -> list[Path]:
-    """Write the maps of one slide as PNG; return their paths. Without a task only the codeword map is drawn."""
-    record, tiling = slides.records[index], slides.reader.tilings[index]
+    """Write the maps of one slide as PNG; return their paths. Without a task only the codeword maps are drawn.
+
+    A slide tiled at several magnifications gets a map of each, ``scale0``, ``scale1``, ... in its file's name.
+    """
+    record, scales = slides.records[index], scales_of(slides.reader.tilings[index])
     features = encode_tiles_of(loaded.model, slides.reader, index, chunk)
     assert record.path is not None
-    slide = open_slide(record.path, mpp=tiling.slide_mpp)
+    slide = open_slide(record.path, mpp=scales[0].slide_mpp)
     thumbnail = slide.thumbnail(1024)
     slide.close()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     codes = hard_assign(features, loaded.model.codebook)
-    files = [
-        draw_codewords(
-            folder / f"{record.slide_id}_codewords.png", thumbnail, tiling, codes, len(loaded.model.codebook)
-        )
-    ]
-    if loaded.tasks:
-        explained = explain(loaded, features, pick_task(loaded, task), target)
+    explained = explain(loaded, features, pick_task(loaded, task), target) if loaded.tasks else None
+    files, first = [], 0
+    for scale, tiling in enumerate(scales):
+        own = slice(first, first + len(tiling))
+        first = own.stop
+        if not len(tiling):
+            continue
+        name = record.slide_id if len(scales) == 1 else f"{record.slide_id}_scale{scale}"
         files.append(
-            draw_contributions(
-                folder
-                / f"{record.slide_id}_{_file_name(pick_task(loaded, task).name, explained.target)}.png",
-                thumbnail,
-                tiling,
-                explained.contribution,
-                title=f"{record.slide_id}: contribution to {explained.target}",
+            draw_codewords(
+                folder / f"{name}_codewords.png", thumbnail, tiling, codes[own], len(loaded.model.codebook)
             )
         )
+        if explained is not None:
+            label = _file_name(pick_task(loaded, task).name, explained.target)
+            files.append(
+                draw_contributions(
+                    folder / f"{name}_{label}.png",
+                    thumbnail,
+                    tiling,
+                    explained.contribution[own],
+                    title=f"{record.slide_id}: contribution to {explained.target}",
+                )
+            )
     return files

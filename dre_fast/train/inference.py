@@ -37,7 +37,7 @@ def encode_tiles_of(
     """Every tile of a slide through the tile encoder in eval mode: L2-normalised fp32 features [n, D]."""
     model.eval()
     device = model.codebook.device
-    n = len(reader.tilings[slide].coords)
+    n = reader.tiles_per_slide[slide]
     features = []
     for first in range(0, n, chunk):
         images = reader.read(slide, torch.arange(first, min(first + chunk, n)))
