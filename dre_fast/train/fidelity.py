@@ -60,7 +60,6 @@ class FidelityProbe:
         losses: (output, number int64 [1]) -> the run's loss of that slide alone; like ``contrast`` it is given the
             slide's number among all training slides.
         contrast: see :func:`contrast_with_all`; added to it.
-        live: live tiles m of the memory mode.
         chunk: tiles the oracle encodes at once.
         seed: of the run.
         autocast: a context for the model.
@@ -73,20 +72,23 @@ class FidelityProbe:
         losses: Callable[[SlideOutput, Tensor], Tensor],
         contrast: Callable[[SlideOutput, Tensor], Tensor] | None,
         *,
-        live: int,
         chunk: int,
         seed: int,
         autocast: Autocast,
     ) -> None:
         self.model, self.slides, self.losses, self.contrast = model, slides, losses, contrast
-        self.live, self.chunk, self.seed, self.autocast = live, chunk, seed, autocast
+        self.chunk, self.seed, self.autocast = chunk, seed, autocast
 
-    def measure(self, index: int, epoch: int) -> dict[str, float | str | None]:
-        """``slide``, its name, and what :func:`measure_fidelity` gives. ``index``: its id in the bank."""
+    def measure(self, index: int, epoch: int, tiles: Tensor) -> dict[str, float | str | None]:
+        """``slide``, its name, and what :func:`measure_fidelity` gives.
+
+        Args:
+            index: id of the slide in the bank.
+            tiles: int64 [m], its live tiles in this epoch; -1 = unused slot.
+        """
         reader = self.slides.reader
         there = torch.tensor([index], device=self.model.codebook.device)
         number = self.model.bank.number[there].cpu()
-        tiles = self.model.bank.sample(there, self.live, cycle=epoch, seed=self.seed)
         exact = ExactBatch(
             self.model,
             [index],
@@ -97,9 +99,11 @@ class FidelityProbe:
         )
 
         def step() -> SlideOutput:
-            images = reader.read(index, tiles[0].cpu())[None].to(there.device)
+            images = reader.read(index, tiles)[None].to(there.device)
             with self.autocast():
-                out: SlideOutput = self.model(images, there, tiles, visit=epoch, seed=self.seed)
+                out: SlideOutput = self.model(
+                    images, there, tiles[None].to(there.device), visit=epoch, seed=self.seed
+                )
             return out
 
         def objective(out: SlideOutput) -> Tensor:

@@ -31,8 +31,9 @@ from dre_fast.train.guard import EncoderGuard
 from dre_fast.train.inference import validate
 from dre_fast.train.objective import Objective
 from dre_fast.train.pictures import Pictures
+from dre_fast.train.planner import planner_of
 from dre_fast.train.run_data import RunData
-from dre_fast.train.samplers import epoch_order, plan_epoch
+from dre_fast.train.samplers import epoch_order
 from dre_fast.train.shards import with_shards
 from dre_fast.train.supervision import describe_tasks
 from dre_fast.train.writer import BankWriter
@@ -109,6 +110,7 @@ class Trainer:
         self.group.same_start(self.model)
         if self.group.world > 1:  # dropout differs from process to process
             torch.manual_seed(config.run.seed * 1_000_003 + self.group.rank)
+        self.planner = planner_of(config, self.data, self.model)
         self.guard = EncoderGuard(config, self.model, self.data, self.group, self._autocast)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -180,16 +182,8 @@ class Trainer:
         self._finish_epoch(epoch)
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        config, data, seed = self.config, self.data, self.config.run.seed
-        plan = plan_epoch(
-            self.model.bank,
-            data.shards,
-            per_shard=data.per_shard,
-            steps=data.steps,
-            epoch=epoch,
-            live=config.memory.live,
-            seed=seed,
-        )
+        config, seed = self.config, self.config.run.seed
+        plan = self.planner.plan(epoch)
         if config.memory.mode == "exact":
             return without_tiles(plan, self.batch)
         return read_batches(
@@ -212,7 +206,6 @@ class Trainer:
             contrast_with_all(
                 self.objective.contrast, self.data.reports, self.data.train, config.loss.contrastive_weight
             ),
-            live=config.memory.live,
             chunk=config.run.encode_chunk,
             seed=config.run.seed,
             autocast=self._autocast,
@@ -222,7 +215,9 @@ class Trainer:
         own = (
             (self.data.numbers == number).nonzero().flatten().tolist()
         )  # the process that holds the slide measures
-        answers = self.group.everyones(probe.measure(own[0], epoch) if own else None)
+        answers = self.group.everyones(
+            probe.measure(own[0], epoch, self.planner.tiles_of(own[0])) if own else None
+        )
         found = next(answer for answer in answers if answer is not None)
         self._record("fidelity", step=self.step, epoch=epoch, **found, seconds=time.perf_counter() - started)
 
@@ -456,6 +451,7 @@ class Trainer:
             save_id=f"step-{self.step}",
         )
         random = group.everyones(self._random_state())  # also waits until all banks are written
+        plans = group.everyones(self.planner.state_dict())
         if self.log is not None:
             on_disk.save_checkpoint(
                 self.out / on_disk.CHECKPOINT,
@@ -464,6 +460,7 @@ class Trainer:
                     "bank": folder.name,
                     "writer": self.writer.state_dict(),
                     "guard": self.guard.state_dict(),
+                    "plans": plans,
                     "objective": self.objective.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
@@ -491,6 +488,7 @@ class Trainer:
         self.model.bank.restore_shards(self.out / state["bank"], slides=self.data.numbers)
         self.writer.load_state_dict(state["writer"])
         self.guard.load_state_dict(state["guard"])
+        self.planner.load_state_dict(state.get("plans", []))  # runs of before guided sampling have none
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
