@@ -10,7 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-COMMANDS = ("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap", "info")
+COMMANDS = (
+    *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap"),
+    *("cross_validate", "info"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,14 +35,19 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
     if not resume and (written.exists() or (out / on_disk.CHECKPOINT).exists()):
         raise ValueError(f"{out} already holds a run: pass --resume to go on with it, or name another folder")
     if written.exists() and (out / on_disk.CHECKPOINT).exists():  # before it, nothing is bound to the config
-        before, now = asdict(load_config(written)), asdict(config)
-        for section, values in now.items():
-            for key, value in values.items():
-                if before[section][key] != value and f"{section}.{key}" not in FREE_ON_RESUME:
-                    raise ValueError(
-                        f"{written}: {section}.{key} was {before[section][key]!r} when the run began and is {value!r} "
-                        "now; a resumed run keeps its config: to change it, start a run in another folder"
-                    )
+        check_same_config(written, config)
+
+
+def check_same_config(written: Path, config: Config) -> None:
+    """Raises ValueError when a config differs from a saved one in more than where its files lie and it runs."""
+    before, now = asdict(load_config(written)), asdict(config)
+    for section, values in now.items():
+        for key, value in values.items():
+            if before[section][key] != value and f"{section}.{key}" not in FREE_ON_RESUME:
+                raise ValueError(
+                    f"{written}: {section}.{key} was {before[section][key]!r} when the run began and is {value!r} "
+                    "now; a resumed run keeps its config: to change it, start a run in another folder"
+                )
 
 
 def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:

@@ -1,0 +1,67 @@
+"""A plain table of cells as CSV, as Markdown and for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dre_fast.data.files import write_text_atomic
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: names of its columns, and rows of as many cells; None is an empty cell."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def text(self) -> str:
+        """For the terminal: columns aligned, numbers with three decimals."""
+        lines = [list(self.header), *([show(cell) for cell in row] for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+    def write(self, stem: str | os.PathLike[str]) -> list[Path]:
+        """Writes ``stem.csv`` (six significant digits) and ``stem.md``; returns their paths."""
+        base = Path(stem)
+        files = [base.with_name(base.name + suffix) for suffix in (".csv", ".md")]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.header)
+        writer.writerows([_plain(cell) for cell in row] for row in self.rows)
+        write_text_atomic(files[0], text.getvalue())
+        lines = [
+            self.header,
+            ["---"] * len(self.header),
+            *([show(cell) for cell in row] for row in self.rows),
+        ]
+        write_text_atomic(
+            files[1],
+            "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines),
+        )
+        return files
+
+
+def show(cell: Cell) -> str:
+    """A cell for people: three decimals where they say something, whole numbers as they are."""
+    if cell is None:
+        return ""
+    if not isinstance(cell, float):
+        return str(cell)
+    return (
+        f"{cell:.3f}"
+        if 0.1 <= abs(cell) < 1000 or cell == 0
+        else f"{cell:.3g}"
+        if abs(cell) < 1
+        else f"{cell:.0f}"
+    )
+
+
+def _plain(cell: Cell) -> str:
+    return "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
