@@ -30,6 +30,8 @@ MODULES = [
     "permute",
     "soft_encode",
     "soft_backward",
+    "contrast_forward",
+    "contrast_backward",
 ]
 # Rows, K and D of P1 and P2 in benchmarks/registry.py.
 _HEADLINE = (("bf16", 64, 384), ("bf16", 64, 1024))
