@@ -19,6 +19,7 @@ import torch
 from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.data.files import write_text_atomic
+from dre_fast.data.multiscale import scales_of
 from dre_fast.data.tiles import fingerprint
 from dre_fast.eval.fold_scores import (
     FoldScore,
@@ -253,7 +254,7 @@ def encode_with(run: str | Path, slides: SlideSet, config: Config) -> SlideEmbed
     return encode_slides(loaded.model, slides, loaded.tasks, chunk=config.run.encode_chunk, autocast=autocast)
 
 
-def _open(cohort: Cohort, tiles: str | Path, data: DataConfig) -> SlideSet:
+def _open(cohort: Cohort, tiles: str | Path | list[str], data: DataConfig) -> SlideSet:
     return slide_set(
         cohort,
         cohort.records,
@@ -267,7 +268,8 @@ def _open(cohort: Cohort, tiles: str | Path, data: DataConfig) -> SlideSet:
 
 def _keep_only_of(slides: SlideSet, folder: Path) -> None:
     """Removes predictions that were made for other slides or tiles, and notes whose are made now."""
-    mark = hashlib.sha256("".join(fingerprint(t) for t in slides.reader.tilings).encode()).hexdigest()[:32]
+    marks = [fingerprint(t) for joined in slides.reader.tilings for t in scales_of(joined)]
+    mark = hashlib.sha256("".join(marks).encode()).hexdigest()[:32]
     note = folder / "slides.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")).get("tiles") != mark:
         shutil.rmtree(folder)

@@ -61,9 +61,19 @@ def info_nce_rows_backward(
         ValueError: wrong shape, dtype, device, or a GPU older than compute capability 8.0.
     """
     if positives.dtype != torch.int64 or positives.shape != slides.shape[:1]:
-        raise ValueError(f"positives must be int64 [{len(slides)}], not {positives.dtype} {list(positives.shape)}")
+        raise ValueError(
+            f"positives must be int64 [{len(slides)}], not {positives.dtype} {list(positives.shape)}"
+        )
     d_slides, totals = _backward(
-        grad, slides, reports, slide_cases, report_cases, scale, None, lse.contiguous(), positives.contiguous()
+        grad,
+        slides,
+        reports,
+        slide_cases,
+        report_cases,
+        scale,
+        None,
+        lse.contiguous(),
+        positives.contiguous(),
     )
     return d_slides, totals[0]
 
@@ -81,9 +91,7 @@ def siglip_rows_backward(
 
     grad: fp32 [B]. The other arguments and the errors are as in the forward.
     """
-    d_slides, totals = _backward(
-        grad, slides, reports, slide_cases, report_cases, scale, bias, None, None
-    )
+    d_slides, totals = _backward(grad, slides, reports, slide_cases, report_cases, scale, bias, None, None)
     return d_slides, totals[0].clone(), totals[1].clone()
 
 
@@ -139,10 +147,16 @@ def cases(arch: config.Arch) -> Iterator[Case]:
                 constants = constants_of(plan, plan.products, T)
                 absent = absent_of(weights_kernel, without)
                 yield case_of(
-                    arch, dtype, T, weights_kernel, f"backward weights {kind}", constants, absent, plan.products, "2"
+                    arch,
+                    dtype,
+                    T,
+                    weights_kernel,
+                    f"backward weights {kind}",
+                    constants,
+                    absent,
+                    plan.products,
+                    "2",
                 )
             constants = constants_of(plan, plan.sums, T)
             yield case_of(arch, dtype, T, sums_kernel, "backward sums", constants, (), plan.sums, "2")
-        yield case_of(
-            arch, dtype, T, finish_kernel, "backward finish", {"T": T, "TP": plan.dim, **_FINISH}
-        )
+        yield case_of(arch, dtype, T, finish_kernel, "backward finish", {"T": T, "TP": plan.dim, **_FINISH})

@@ -97,9 +97,7 @@ def check(
         if cases.dtype != torch.int64 or cases.shape != rows.shape[:1]:
             raise ValueError(f"{name} must be int64 [{len(rows)}], not {cases.dtype} {list(cases.shape)}")
     for other in others:
-        if other is not None and (
-            other.dtype != torch.float32 or other.shape not in ((), slides.shape[:1])
-        ):
+        if other is not None and (other.dtype != torch.float32 or other.shape not in ((), slides.shape[:1])):
             raise ValueError(
                 f"scale and bias must be fp32 and 0-d, gradients and logsumexp fp32 [{len(slides)}]; "
                 f"got {other.dtype} {list(other.shape)}"
@@ -115,7 +113,9 @@ def check(
 
 def prepare(slides: torch.Tensor, reports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, ContrastPlan]:
     """Slides in parts [parts, padded, dim], reports with unit stride within a row, and the plan for them."""
-    arch = config.INTERPRETER if INTERPRETED else config.arch_of(torch.cuda.get_device_capability(slides.device))
+    arch = (
+        config.INTERPRETER if INTERPRETED else config.arch_of(torch.cuda.get_device_capability(slides.device))
+    )
     B, T = slides.shape
     plan = contrast_config.plan(arch, reports.dtype, contrast_config.height_of(B), T)
     if T > 1 and reports.stride(1) != 1:
@@ -237,5 +237,6 @@ def cases(arch: config.Arch) -> Iterator[Case]:
                     arch, dtype, T, forward_kernel, f"forward {kind}", constants, absent, plan.products, "1"
                 )
         yield case_of(arch, dtype, T, slides_kernel, "slides", slides_constants(plan, T))
-    for kind, without in (("InfoNCE", ()), ("sigmoid", SIGMOID)):
-        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", {**_MERGE}, without)
+    merges: tuple[tuple[str, tuple[str, ...]], ...] = (("InfoNCE", ()), ("sigmoid", SIGMOID))
+    for kind, missing in merges:
+        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", {**_MERGE}, missing)

@@ -120,7 +120,21 @@ def forward_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases
         place = start + done + tl.arange(0, R)
         inside = place < end
         z = scale * cosines(
-            reports_ptr, stride, place, inside, parts_ptr, s, padded, T, TP, S, R, DT, PARTS, PRECISION, STAGES
+            reports_ptr,
+            stride,
+            place,
+            inside,
+            parts_ptr,
+            s,
+            padded,
+            T,
+            TP,
+            S,
+            R,
+            DT,
+            PARTS,
+            PRECISION,
+            STAGES,
         )
         cases = tl.load(report_cases_ptr + place, mask=inside, other=0)
         same = inside[:, None] & (cases[:, None] == slide_cases[None, :])
