@@ -255,6 +255,54 @@ class MemoryBank(BankFiles):
             raise ValueError(f"MemoryBank.sample: m must be at least 1, got {m}")
         return ops.tiles(self.length[slides], self.number[slides], 0, m, m, self._visits(cycle, slides), seed)
 
+    @torch.no_grad()
+    def retrieved(self, slides: Tensor, tiles: Tensor, r: int, cycle: Tensor | int, seed: int) -> Tensor:
+        """The tiles that ``encode(memory=r)`` takes from the bank beside the live ones: the next r of the permutation.
+
+        Args:
+            slides: int64 [B]. tiles: int64 [B, m], the live ones, as :meth:`sample` gave them.
+            r: tiles a slide. cycle, seed: as given to :meth:`sample`.
+
+        Returns:
+            int64 [B, r], distinct and none of them live; -1 where a slide has no more, or the row was never written.
+
+        Raises:
+            ValueError: as :meth:`sample`.
+        """
+        slides = self._slide_ids(slides)
+        m = tiles.shape[1]
+        if m < 1 or r < 0:
+            raise ValueError(f"MemoryBank.retrieved: needs live tiles and r >= 0, got m = {m} and r = {r}")
+        found = ops.tiles(
+            self.length[slides], self.number[slides], m, r, m, self._visits(cycle, slides), seed
+        )
+        return self._stored_others(slides, tiles, found)
+
+    @torch.no_grad()
+    def others(self, slides: Tensor, tiles: Tensor) -> Tensor:
+        """All written tiles of each slide but the live ones.
+
+        Args:
+            slides: int64 [B]. tiles: int64 [B, m], the live ones; -1 = unused slot.
+
+        Returns:
+            int64 [B, n], n that of the largest slide; -1 in the places of live, unwritten and missing tiles.
+
+        Raises:
+            ValueError: an unknown slide (named).
+        """
+        slides = self._slide_ids(slides)
+        most = int(self.length[slides].max()) if len(slides) else 0
+        every = torch.arange(most, device=self.device).expand(len(slides), -1)
+        return self._stored_others(slides, tiles, torch.where(every < self.length[slides, None], every, -1))
+
+    def _stored_others(self, slides: Tensor, tiles: Tensor, found: Tensor) -> Tensor:
+        """``found`` [B, q] with -1 for tiles that are live or were never written."""
+        live = _in_row(found, tiles)
+        number = _row_numbers(self.start, slides[:, None], found)
+        written = (self.age[number.clamp(min=0)] >= 0) if self.age.shape[0] else torch.zeros_like(live)
+        return torch.where((found >= 0) & ~live & written, found, -1)
+
     def encode(
         self,
         slides: Tensor,
@@ -434,6 +482,12 @@ class MemoryBank(BankFiles):
         """The row tables of ``slides`` where kernels can read and write them."""
         own = self._own_rows()
         return nullcontext(own) if self._file is None else self._file.lease(slides, own, self.length)
+
+
+def _in_row(found: Tensor, tiles: Tensor) -> Tensor:
+    """Which entries of found [B, q] are among the tiles [B, m] of their row."""
+    bag = torch.arange(len(found), device=found.device)[:, None] << 40
+    return torch.isin(bag + found.clamp(min=0), torch.where(tiles >= 0, bag + tiles, -1))
 
 
 def _row_numbers(start: Tensor, slides: Tensor, tiles: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.encoding import residual_encode
 from dre_fast.nn.slide_encoder import SlideEncoder
@@ -23,13 +24,14 @@ class SlideOutput:
     ``embedding`` [B, width]; ``report`` [B, T], the projection into the report space (not normalised), or None
     without one; ``logits`` task name -> [B, C]: these in fp32, or in autocast's dtype under autocast. ``residuals`` V
     fp32 [B, K, D], un-normalised; ``live`` fp32 [B, m, D], the L2-normalised features of the live tiles (with
-    gradient), None at inference.
+    gradient), None at inference. ``residuals`` is None where another aggregator than residuals to the bank's codebook
+    reads the rows.
     """
 
     embedding: Tensor
     report: Tensor | None
     logits: dict[str, Tensor]
-    residuals: Tensor
+    residuals: Tensor | None
     live: Tensor | None = None
 
 
@@ -40,10 +42,13 @@ class DRESLCL(nn.Module):
         tile_encoder: any module [*, 3, H, W] -> [*, D].
         bank: the :class:`~dre_fast.MemoryBank` of the training slides, with its codebook; a bank of no slides is
             enough for inference.
-        slide_encoder: :class:`~dre_fast.SlideEncoder` for the same K and D.
+        slide_encoder: :class:`~dre_fast.SlideEncoder` for the same K and D, or a
+            :class:`~dre_fast.nn.aggregators.RowAggregator` for the same D, which is given the live rows and those of
+            the bank instead of residuals.
         tasks: supervised heads, task name -> number of logits. May be empty.
-        memory: ``"full"`` (every written row of the slide, through its running sums), an int r (r rows retrieved from
-            the bank, the paper's mode) or ``"none"`` (live tiles only).
+        memory: ``"full"`` (every written row of the slide, through its running sums; an aggregator of rows reads them
+            all, at a cost that grows with the slide), an int r (r rows retrieved from the bank, the paper's mode) or
+            ``"none"`` (live tiles only).
         grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = n_s/m with m the
             slots in use, or a float.
         normalize: normalisations of V in the order intra, power, l2.
@@ -57,7 +62,7 @@ class DRESLCL(nn.Module):
         self,
         tile_encoder: nn.Module,
         bank: MemoryBank,
-        slide_encoder: SlideEncoder,
+        slide_encoder: SlideEncoder | RowAggregator,
         *,
         tasks: Mapping[str, int] | None = None,
         memory: str | int = "full",
@@ -68,7 +73,7 @@ class DRESLCL(nn.Module):
         if bank.dim != slide_encoder.dim:
             raise ValueError(f"DRESLCL: bank has D={bank.dim}, slide encoder D={slide_encoder.dim}")
         words = bank.codebook.shape[0]
-        if words and words != slide_encoder.codewords:
+        if isinstance(slide_encoder, SlideEncoder) and words and words != slide_encoder.codewords:
             raise ValueError(f"DRESLCL: bank has K={words}, slide encoder K={slide_encoder.codewords}")
         rows = isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0
         if memory not in ("full", "none") and not rows:
@@ -133,11 +138,31 @@ class DRESLCL(nn.Module):
             self.encode_tiles(rearrange(images, "b m ... -> (b m) ...")), "(b m) d -> b m d", b=b
         )
         scaled = self._scale_gradient(live, slides, tiles)
-        residuals = self.bank.encode(slides, tiles, scaled, memory=self.memory, cycle=visit, seed=seed)
-        assert isinstance(residuals, Tensor)  # not the pair that return_counts gives
-        out = self.represent(residuals)
+        if isinstance(self.slide_encoder, RowAggregator):
+            out = self.represent_rows(*self._with_bank(scaled, slides, tiles, visit, seed))
+        else:
+            residuals = self.bank.encode(slides, tiles, scaled, memory=self.memory, cycle=visit, seed=seed)
+            assert isinstance(residuals, Tensor)  # not the pair that return_counts gives
+            out = self.represent(residuals)
         out.live = live
         return out
+
+    def _with_bank(
+        self, live: Tensor, slides: Tensor, tiles: Tensor, visit: Tensor | int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """The live rows and those of the bank, in the order of their tiles: rows [B, N, D] and which are valid."""
+        bank, ids = self.bank, tiles
+        rows = live
+        if self.memory != "none":
+            if isinstance(self.memory, int):
+                others = bank.retrieved(slides, tiles, self.memory, visit, seed)
+            else:
+                others = bank.others(slides, tiles)
+            b, r = others.shape
+            stored = bank.read(slides.repeat_interleave(r), others.reshape(-1)).view(b, r, -1)
+            ids, rows = torch.cat([tiles, others], 1), torch.cat([live, stored.to(live)], 1)
+        order = torch.where(ids >= 0, ids, torch.iinfo(ids.dtype).max).sort(dim=1, stable=True).indices
+        return rows.gather(1, order[..., None].expand_as(rows)), ids.gather(1, order) >= 0
 
     def _scale_gradient(self, live: Tensor, slides: Tensor, tiles: Tensor) -> Tensor:
         if self.grad_scale == "none":
@@ -153,13 +178,13 @@ class DRESLCL(nn.Module):
 
     def no_slides(self) -> SlideOutput:
         """The output of no slides, B = 0; without gradient."""
-        weight = self.slide_encoder.tokens.weight
+        weight = next(self.slide_encoder.parameters())
         report_dim = self.slide_encoder.report_dim
         return SlideOutput(
             weight.new_zeros(0, self.slide_encoder.width),
             weight.new_zeros(0, report_dim) if report_dim else None,
             {name: weight.new_zeros(0, int(head.out_features)) for name, head in self.heads.items()},  # type: ignore[arg-type]
-            weight.new_zeros(0, *self.codebook.shape),
+            None,
         )
 
     def represent(self, residuals: Tensor) -> SlideOutput:
@@ -168,7 +193,17 @@ class DRESLCL(nn.Module):
         Raises:
             ValueError: V is not [B, K, D] of the slide encoder.
         """
-        embedding = self.slide_encoder(normalize_residuals(residuals, self.normalize))
+        return self._output(self.slide_encoder(normalize_residuals(residuals, self.normalize)), residuals)
+
+    def represent_rows(self, rows: Tensor, mask: Tensor) -> SlideOutput:
+        """Rows [B, N, D] and mask bool [B, N], True = valid -> :class:`SlideOutput`, with an aggregator of rows.
+
+        Raises:
+            ValueError: shapes that do not fit it.
+        """
+        return self._output(self.slide_encoder(rows, mask), None)
+
+    def _output(self, embedding: Tensor, residuals: Tensor | None) -> SlideOutput:
         report = self.slide_encoder.project(embedding) if self.slide_encoder.report_dim else None
         logits = {name: head(embedding) for name, head in self.heads.items()}
         return SlideOutput(embedding, report, logits, residuals)
@@ -188,4 +223,20 @@ class DRESLCL(nn.Module):
                 a row (bag and row named).
         """
         rows = l2_normalize(features.float())
+        if isinstance(self.slide_encoder, RowAggregator):
+            return self.represent_rows(*padded(rows, cu_seqlens))
         return self.represent(residual_encode(rows, self.codebook, cu_seqlens=cu_seqlens))
+
+
+def padded(rows: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ragged rows [N, D] of B bags -> rows [B, n, D], padded with zeros, and mask bool [B, n], True = valid.
+
+    Args:
+        cu_seqlens: int32 or int64 [B+1] row offsets; None means one bag.
+    """
+    if cu_seqlens is None:
+        return rows[None], torch.ones(1, len(rows), dtype=torch.bool, device=rows.device)
+    bags = rows.tensor_split(cu_seqlens[1:-1].cpu().long())
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(rows.device)
+    together = nn.utils.rnn.pad_sequence(list(bags), batch_first=True)
+    return together, torch.arange(together.shape[1], device=rows.device) < lengths[:, None]

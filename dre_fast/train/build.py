@@ -17,11 +17,12 @@ from dre_fast.data.multiscale import MultiScaleReader
 from dre_fast.data.reports import ReportEmbeddings
 from dre_fast.data.subset import Reader, SubsetReader
 from dre_fast.data.tiles import CachedTileReader, TileReader
+from dre_fast.nn.aggregators import AGGREGATORS, RowAggregator
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
 from dre_fast.nn.tile_encoders import TileEncoder, build_tile_encoder, load_hipt_checkpoint
-from dre_fast.train.config import Config, MemoryConfig
+from dre_fast.train.config import Config, MemoryConfig, ModelConfig
 
 
 @dataclass
@@ -164,20 +165,21 @@ def build_model(
     return DRESLCL(
         encoder,
         bank,
-        SlideEncoder(
-            dim,
-            config.model.codewords,
-            width=config.model.width,
-            depth=config.model.depth,
-            heads=config.model.heads,
-            report_dim=report_dim,
-            dropout=config.model.dropout,
-        ),
+        _slide_encoder(config.model, dim, report_dim),
         tasks=task_sizes,
         memory=modes.get(memory.mode, memory.mode),
         grad_scale=memory.grad_scale,
         normalize=config.model.normalize,
     ).to(device)
+
+
+def _slide_encoder(config: ModelConfig, dim: int, report_dim: int | None) -> SlideEncoder | RowAggregator:
+    sizes = {"depth": config.depth, "heads": config.heads, "dropout": config.dropout}
+    if config.aggregator == "residual":
+        return SlideEncoder(dim, config.codewords, width=config.width, report_dim=report_dim, **sizes)  # type: ignore[arg-type]
+    if config.aggregator == "soft":
+        sizes |= {"codewords": config.codewords, "normalize": config.normalize}  # type: ignore[dict-item]
+    return AGGREGATORS[config.aggregator](dim, config.width, report_dim, **sizes)  # type: ignore[arg-type]
 
 
 def _placement(memory: MemoryConfig) -> dict[str, Any]:
@@ -224,7 +226,8 @@ def parameter_groups(
     encoder = {id(p) for p in model.tile_encoder.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in [*model.parameters(), *loss.parameters()]:
-        groups.setdefault((id(parameter) in encoder, parameter.dim() > 1), []).append(parameter)
+        decays = parameter.dim() > 1 and not getattr(parameter, "no_decay", False)
+        groups.setdefault((id(parameter) in encoder, decays), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dre_fast.data.files import write_text_atomic
+from dre_fast.nn.aggregators import AGGREGATORS
 from dre_fast.nn.bank_tiers import to_bytes
 
 # Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
@@ -85,6 +86,7 @@ class ModelConfig:
     encoder_weights: str | None = (
         None  # the encoder's own weights (.safetensors), or a HIPT / DINO checkpoint
     )
+    aggregator: str = "residual"  # residual | soft | mean | max | abmil | abmilx | transmil
     codewords: int = 64
     normalize: list[str] = field(default_factory=lambda: ["intra", "l2"])
     width: int = 256
@@ -197,6 +199,7 @@ class Config:
         Raises:
             ConfigError: names the key.
         """
+        _one_of("model.aggregator", self.model.aggregator, ("residual", *AGGREGATORS))
         _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none", "exact"))
         if not 0 <= self.memory.writer_decay < 1:
             raise ConfigError(f"memory.writer_decay={self.memory.writer_decay}: must be in [0, 1)")
@@ -336,6 +339,10 @@ class Config:
         if memory.guided and memory.candidates < drawn:
             raise ConfigError(
                 f"memory.candidates={memory.candidates}: {drawn} tiles are to be drawn from them"
+            )
+        if memory.guided and self.model.aggregator != "residual":
+            raise ConfigError(
+                "memory.guided scores rows by their residuals: it needs model.aggregator=residual"
             )
         if memory.guided and not self.loss.contrastive:
             raise ConfigError(

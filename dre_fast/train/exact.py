@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.encoding import residual_encode
-from dre_fast.nn.model import DRESLCL, SlideOutput
+from dre_fast.nn.model import DRESLCL, SlideOutput, padded
 from dre_fast.nn.tile_encoders import cross_sample_modules
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -88,24 +89,47 @@ class ExactBag:
                 keep(tiles, features)
         return total.float()
 
+    @torch.no_grad()
+    def rows(self, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+        """Pass 1 for an aggregator of rows: features of all tiles, fp32 [n, D]. ``keep``: as for :meth:`encode`."""
+        self._random, parts = [], []
+        for tiles in self._chunks():
+            self._random.append(_random_state(self.model.codebook.device))
+            parts.append(self._features(tiles))
+            if keep is not None:
+                keep(tiles, parts[-1])
+        return torch.cat(parts)
+
     def backward(self, grad: Tensor) -> None:
         """Pass 2: add the gradient of sum(grad * V) to that of the encoder's parameters. ``grad``: [K, D].
 
         Raises:
             RuntimeError: before :meth:`encode`.
         """
+        self._back(lambda tiles: (self._residuals(self._features(tiles)), grad), grad.device)
+
+    def backward_rows(self, grad: Tensor) -> None:
+        """Pass 2 after :meth:`rows`: the same for sum(grad * rows). ``grad``: [n, D].
+
+        Raises:
+            RuntimeError: before :meth:`rows`.
+        """
+        self._back(lambda tiles: (self._features(tiles), grad[tiles.to(grad.device)]), grad.device)
+
+    def _back(self, part: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device) -> None:
+        """Back-propagate what ``part`` makes of each chunk's tiles, (value, its gradient), as pass 1 drew it."""
         if not self._random:
-            raise RuntimeError("ExactBag: encode() comes before backward()")
-        after = _random_state(grad.device)
+            raise RuntimeError("ExactBag: encode() or rows() comes before the way back")
+        after = _random_state(device)
         try:
             for tiles, state in zip(self._chunks(), self._random):
-                _set_random_state(state, grad.device)
+                _set_random_state(state, device)
                 with torch.enable_grad():
-                    residuals = self._residuals(self._features(tiles))
-                if residuals.requires_grad:
-                    residuals.backward(grad)
+                    value, grad = part(tiles)
+                if value.requires_grad:
+                    value.backward(grad)
         finally:
-            _set_random_state(after, grad.device)
+            _set_random_state(after, device)
 
     def _chunks(self) -> Iterator[Tensor]:
         return iter(torch.arange(self.tiles).split(self.chunk))
@@ -146,7 +170,7 @@ class ExactBatch:
             ExactBag(model, partial(read, slide), n, chunk=chunk, autocast=autocast)
             for slide, n in zip(slides, tiles)
         ]
-        self._residuals: Tensor | None = None
+        self._summary: Tensor | None = None  # what the model is given of the slides: residuals, or rows
 
     def forward(self, keep: Callable[[int, Tensor, Tensor], None] | None = None) -> SlideOutput:
         """Every tile of every slide -> :class:`SlideOutput`.
@@ -154,20 +178,28 @@ class ExactBatch:
         Args:
             keep: called with slide, tiles int64 [c] and features fp32 [c, D] of every chunk, to store them.
         """
-        encoded = [
-            bag.encode(None if keep is None else partial(keep, slide))
-            for slide, bag in zip(self.slides, self.bags)
-        ]
-        self._residuals = torch.stack(encoded).requires_grad_()
+        keeps = [None if keep is None else partial(keep, slide) for slide in self.slides]
+        if isinstance(self.model.slide_encoder, RowAggregator):
+            rows = [bag.rows(own) for bag, own in zip(self.bags, keeps)]
+            ends = torch.tensor([0, *(len(own) for own in rows)]).cumsum(0)
+            together, mask = padded(torch.cat(rows), ends)
+            self._summary = together.requires_grad_()
+            with self.autocast():
+                return self.model.represent_rows(self._summary, mask)
+        self._summary = torch.stack([bag.encode(own) for bag, own in zip(self.bags, keeps)]).requires_grad_()
         with self.autocast():
-            return self.model.represent(self._residuals)
+            return self.model.represent(self._summary)
 
     def backward(self) -> None:
         """After the loss's backward: bring its gradient to the tile encoder."""
-        if self._residuals is None or self._residuals.grad is None:
+        if self._summary is None or self._summary.grad is None:
             raise RuntimeError("ExactBatch: forward() and the loss's backward() come before backward()")
-        for bag, grad in zip(self.bags, self._residuals.grad):
-            bag.backward(grad)
+        rows = isinstance(self.model.slide_encoder, RowAggregator)
+        for bag, grad in zip(self.bags, self._summary.grad):
+            if rows:
+                bag.backward_rows(grad[: bag.tiles])
+            else:
+                bag.backward(grad)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

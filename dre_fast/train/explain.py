@@ -13,6 +13,8 @@ from dre_fast.data.cohort import Task
 from dre_fast.data.multiscale import scales_of
 from dre_fast.data.slides import open_slide
 from dre_fast.eval.heatmap import contributions, draw_codewords, draw_contributions
+from dre_fast.nn.aggregators import RowAggregator
+from dre_fast.nn.model import padded
 from dre_fast.reference.encode import hard_assign
 from dre_fast.train.build import SlideSet
 from dre_fast.train.inference import LoadedRun, encode_tiles_of
@@ -45,7 +47,7 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
     """Contributions of the rows ``features`` [N, D] (L2-normalised) of one slide to a logit of ``task``.
 
     The logit is a function of V; its first-order term splits over the tiles as <d logit / d V_k, x_i - c_k> with
-    k = a_i, so the contributions sum to <d logit / d V, V>.
+    k = a_i, so the contributions sum to <d logit / d V, V>. With an aggregator of rows it is <d logit / d x_i, x_i>.
 
     Args:
         target: class or column (survival: "risk", or "hazard 1" ...); default: the one with the largest logit.
@@ -54,10 +56,13 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
         ValueError: ``target`` is not a class or column of the task.
     """
     model = loaded.model
+    by_rows = isinstance(model.slide_encoder, RowAggregator)
     with torch.no_grad():
-        residuals = model.encode_bags(features).residuals
-    residuals = residuals.detach().requires_grad_(True)
-    logits = model.represent(residuals).logits[task.name][0]
+        summary = features if by_rows else model.encode_bags(features).residuals
+    assert summary is not None
+    summary = summary.detach().clone().requires_grad_(True)
+    out = model.represent_rows(*padded(summary)) if by_rows else model.represent(summary)
+    logits = out.logits[task.name][0]
     names = list(task.output_names)
     if target is None:
         index = int(logits.argmax())
@@ -65,8 +70,10 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
         index = names.index(target)
     else:
         raise ValueError(f"task {task.name!r} has no {target!r}; it has: {', '.join(names)}")
-    (gradient,) = torch.autograd.grad(logits[index], residuals)
+    (gradient,) = torch.autograd.grad(logits[index], summary)
     codes = hard_assign(features, model.codebook)
+    if by_rows:
+        return Explanation(codes, (gradient * features).sum(1), names[index])
     return Explanation(codes, contributions(gradient[0], features, model.codebook, codes), names[index])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.model import SlideOutput
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
@@ -390,6 +391,8 @@ class Trainer:
             seed=config.run.seed,
         )
         self.model.bank.set_codebook(codebook)
+        if isinstance(self.model.slide_encoder, RowAggregator) and not warm:
+            self.model.slide_encoder.start_from(self.model.bank)
         self._record(
             "codebook",
             epoch=self.epoch,
