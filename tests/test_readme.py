@@ -79,6 +79,12 @@ def test_lines_of_the_training_page_are_settings():
         load_config(None, line.split())
 
 
+def test_aggregators_page(tmp_path):
+    page = blocks("docs/aggregators.md")
+    assert len(page) == 1
+    run(page[0] + "\nassert encoder[1].weight.grad.abs().sum() > 0 and out.residuals is None", tmp_path)
+
+
 def test_every_block_is_tested():
     assert len(BLOCKS) == 2
 
