@@ -69,11 +69,12 @@ class Planner:
         plan = EpochPlan(slides, slides.new_full((len(slides), self.memory.live), -1), sizes)
         if epoch == self._epoch and self._kept is not None:
             plan.tiles = self._kept[slides]
+        elif self.guide is None:
+            plan.tiles = self._live_tiles(slides, epoch)
         else:
             for step in range(len(sizes)):  # a step's slides at once: so many fit the bank's cache
                 there = plan.step(step)
-                if self.guide is not None:
-                    self.guide.expect(slides[there.start : plan.step(min(step + 1, len(sizes) - 1)).stop])
+                self.guide.expect(slides[there.start : plan.step(min(step + 1, len(sizes) - 1)).stop])
                 plan.tiles[there] = self._live_tiles(slides[there], epoch)
         self._plan, self._epoch, self._kept = plan, epoch, None
         return plan
