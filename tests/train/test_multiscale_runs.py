@@ -22,10 +22,19 @@ from dre_fast.train.config import Config
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import load_checkpoint, read_metrics
 
+# the encoder moves fast and the bank with it, so that what the report draws depends on when it is asked
 SETTINGS = [
-    "memory.guided=0.5",
-    "memory.candidates=8",
+    "memory.live=6",
+    "memory.guided=0.7",
+    "memory.candidates=12",
+    "memory.guide_temperature=0.3",
+    "memory.refresh=40",
+    "memory.drift_limit=0",
     "optim.epochs=2",
+    "optim.lr=0.02",
+    "optim.encoder_lr_scale=1",
+    "optim.warmup_steps=1",
+    "optim.head_warmup_epochs=0",
     "run.probe_every=2",
     "run.checkpoint_every=1",
 ]
@@ -126,22 +135,23 @@ def test_a_guided_run_resumed_within_an_epoch_is_the_same(
 
     original = Trainer._train_step
 
-    def stop_at_five(self: Trainer, *given: Any) -> Any:
-        if self.step == 5 and not self._resumed:
+    def stop_at_four(self: Trainer, *given: Any) -> Any:  # the second of three steps of the second epoch
+        if self.step == 4 and not self._resumed:
             raise Stop
         return original(self, *given)
 
-    monkeypatch.setattr(Trainer, "_train_step", stop_at_five)
+    monkeypatch.setattr(Trainer, "_train_step", stop_at_four)
     broken = Trainer(config_of(cohort), tmp_path / "b")
     with pytest.raises(Stop):
         broken.fit()
     (plan,) = load_checkpoint(tmp_path / "b" / "last.pt")["plans"]
     assert plan["epoch"] == 1
-    # in the midst of the epoch the same plan could not be made again: model and bank have moved on
+    # in the midst of the epoch the plan could not be made again, for the slides to come: model and bank have moved on
     broken.planner._epoch = -1
     fresh = broken.planner.plan(1)
+    to_come = slice(fresh.sizes[0], None)
     assert fresh.slides.equal(plan["slides"])
-    assert not fresh.tiles.equal(plan["tiles"])
+    assert not fresh.tiles[to_come].equal(plan["tiles"][to_come])
     Trainer(config_of(cohort), tmp_path / "b", resume=True).fit()
     assert json.dumps(rows(tmp_path / "b")) == json.dumps(rows(run))
 
@@ -150,9 +160,10 @@ def test_a_run_sees_both_scales_and_what_the_report_draws(cohort: Path, run: Pat
     state = load_checkpoint(run / "last.pt")
     (plan,) = state["plans"]
     unguided = Trainer(config_of(cohort, "memory.guided=0"), cohort / "unguided")
-    fine, coarse = unguided.planner.sizes[plan["slides"]].T  # one process numbers its slides as the cohort does
+    sizes = unguided.planner.sizes[plan["slides"]]  # one process numbers its slides as the cohort does
+    fine, coarse = sizes.T
     assert coarse.tolist() == [4] * 5
-    assert (plan["tiles"] < fine[:, None]).sum(1).tolist() == [2] * 5
+    assert (plan["tiles"] < fine[:, None]).sum(1).tolist() == [3] * 5
     assert (plan["tiles"] >= 0).all()
     other = unguided.planner.plan(1)
     assert other.slides.equal(plan["slides"])
