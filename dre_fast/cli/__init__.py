@@ -12,7 +12,7 @@ from typing import TextIO
 
 COMMANDS = (
     *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap"),
-    *("cross_validate", "info"),
+    *("cross_validate", "probe", "info"),
 )
 
 
