@@ -87,6 +87,7 @@ class ModelConfig:
         None  # the encoder's own weights (.safetensors), or a HIPT / DINO checkpoint
     )
     aggregator: str = "residual"  # residual | soft | mean | max | abmil | abmilx | transmil
+    init: str | None = None  # run folder or model file: start from all its weights that fit (fine-tuning)
     codewords: int = 64
     normalize: list[str] = field(default_factory=lambda: ["intra", "l2"])
     width: int = 256
@@ -191,6 +192,7 @@ class Config:
         memory = changed.memory
         memory.folder = memory.folder and os.path.abspath(memory.folder)
         model.encoder_weights = model.encoder_weights and os.path.abspath(model.encoder_weights)
+        model.init = model.init and os.path.abspath(model.init)
         return changed
 
     def validate(self) -> Config:
@@ -230,6 +232,10 @@ class Config:
                 _ = size is None or to_bytes(size)
             except ValueError as error:
                 raise ConfigError(f"memory.{name}: {error}") from None
+        if self.model.init and self.model.encoder_weights:
+            raise ConfigError(
+                "model.init brings the encoder's weights, too: set model.encoder_weights=null, or leave model.init out"
+            )
         _one_of("loss.contrastive", self.loss.contrastive, ("infonce", "siglip", None))
         _one_of("loss.negatives", self.loss.negatives, ("batch", "all"))
         _one_of("optim.amp", self.optim.amp, ("none", "bf16", "fp16"))

@@ -36,6 +36,7 @@ from dre_fast.train.planner import planner_of
 from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import epoch_order
 from dre_fast.train.shards import with_shards
+from dre_fast.train.start import start_from
 from dre_fast.train.supervision import describe_tasks
 from dre_fast.train.writer import BankWriter
 
@@ -70,6 +71,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.data = RunData(config, self.group)
         self.train, self.val, self.tasks = self.data.own, self.data.val, self.data.tasks
+        checkpoint = self.out / on_disk.CHECKPOINT
+        self._resumed = resume and checkpoint.exists()
         self._prepare_model()
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
@@ -77,8 +80,6 @@ class Trainer:
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._log_size = 0
         self._bank_folder: str | None = None
-        checkpoint = self.out / on_disk.CHECKPOINT
-        self._resumed = resume and checkpoint.exists()
         self._state = on_disk.load_checkpoint(checkpoint) if self._resumed else None
         if self._state is not None:
             check_same_data(self._state["data"], self.data.fingerprint, self.out)
@@ -95,6 +96,10 @@ class Trainer:
             {task.name: task.outputs for task in self.tasks},
             self.device,
         )
+        if config.model.init and not self._resumed:
+            taken = start_from(self.model, self.tasks, config.model.init)
+            if self.group.first:
+                print(taken, file=sys.stderr)
         self.model.bank.set_numbers(self.data.numbers)
         if config.memory.mode == "exact" or config.run.probe_every:
             check_exact(self.model.tile_encoder)
