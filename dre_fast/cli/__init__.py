@@ -12,7 +12,7 @@ from typing import TextIO
 
 COMMANDS = (
     *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap"),
-    *("cross_validate", "probe", "info"),
+    *("cross_validate", "compare", "probe", "info"),
 )
 
 
