@@ -144,9 +144,7 @@ def test_encode_and_heatmap_of_a_trained_aggregator(tiny_cohort: Path, tmp_path:
         ]
         mpp = ["--mpp", "1.0"]
         assert main(["encode", *common, *mpp, "--out", str(tmp_path / f"{name}.safetensors")]) == 0
-        assert (
-            main(["heatmap", *common, *mpp, "--slide", "s7", "--out", str(tmp_path / f"{name}-maps")]) == 0
-        )
+        assert main(["heatmap", *common, *mpp, "--slide", "s7", "--out", str(tmp_path / f"{name}-maps")]) == 0
         assert len(list((tmp_path / f"{name}-maps").glob("s7_*.png"))) == 2
 
 
