@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,6 +351,7 @@ def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
         (["memory.guided=0.5", "memory.candidates=15"], "memory.candidates=15"),
         (["memory.guided=0.5", "memory.candidates=0"], "memory.candidates"),
         (["memory.guided=0.5", "memory.mode=exact"], "memory.mode=exact"),
+        (["memory.guided=0.5", "model.aggregator=mean"], "model.aggregator=residual"),
         (["memory.guided=0.5", "memory.mode=sampled"], "memory.mode=sampled.*memory.guided"),
         (["memory.guided=0.5", "memory.grad_scale=unbiased"], "unbiased.*memory.guided"),
         (["memory.guided=0.5", "memory.guide_temperature=0"], "memory.guide_temperature"),
@@ -360,3 +363,11 @@ def test_settings_that_do_not_go_together_are_refused(overrides: list[str], word
     load_config(None, plain).validate()
     with pytest.raises(ConfigError, match=words):
         load_config(None, [*plain, *overrides]).validate()
+
+
+def test_lines_of_the_page_are_settings():
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        load_config(None, ["data.cohort=c", "data.tiles=t", "data.reports=r", *line.split()]).validate()
