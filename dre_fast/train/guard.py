@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dre_fast.data.multiscale import scales_of
 from dre_fast.nn.model import DRESLCL
 from dre_fast.ops.encode import nearest
 from dre_fast.train.config import Config
 from dre_fast.train.distributed import Group
 from dre_fast.train.drift import DriftGuard
 from dre_fast.train.run_data import RunData
-from dre_fast.train.samplers import epoch_order
+from dre_fast.train.samplers import epoch_order, scale_slots
 from dre_fast.train.writer import Autocast
 
 _LITTLE = 0.25  # a load below which a raised refresh budget may fall again
@@ -38,6 +39,9 @@ class EncoderGuard:
         self.refresh = memory.refresh
         self._drift = DriftGuard(memory.drift_limit, memory.drift_every) if memory.drift_limit else None
         self._images: Tensor | None = None
+        self._sizes = torch.tensor(
+            [[len(tiling) for tiling in scales_of(joined)] for joined in data.train.reader.tilings]
+        )
 
     @property
     def factor(self) -> float:
@@ -69,7 +73,9 @@ class EncoderGuard:
         memory, tiles = self.config.memory, self.data.train.tiles
         if memory.mode in ("none", "exact"):
             return float(self.data.steps * (memory.refit_every or self.config.optim.epochs))
-        renewed = sum(min(n, memory.live) for n in tiles) + self.refresh * self.data.steps
+        # tiles that a report draws may be any: only those that the permutations bring renew every row
+        slots = scale_slots(self._sizes, memory.live, memory.scale_shares)
+        renewed = int((slots - (slots * memory.guided).long()).sum()) + self.refresh * self.data.steps
         return self.data.steps * max(1.0, sum(tiles) / renewed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -152,5 +152,5 @@ def test_what_cannot_be_exact_is_refused() -> None:
     model = model_of("conv-tiny")
     with pytest.raises(ValueError, match="at least one tile"):
         ExactBag(model, images, 0)
-    with pytest.raises(RuntimeError, match=r"encode\(\) comes before backward"):
+    with pytest.raises(RuntimeError, match=r"encode\(\) or rows\(\) comes before the way back"):
         ExactBag(model, lambda i: images(len(i)), 3).backward(torch.zeros(K, model.bank.dim))
