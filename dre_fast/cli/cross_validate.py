@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.eval.fold_scores import score_grid
     from dre_fast.eval.protocols import CrossValidation, Judging
 
+    how = Judging(args.level, args.bootstrap)
     rounds = CrossValidation(config, args.out, folds=args.folds, validation=args.val, resume=args.resume)
+    external = rounds.open_external(args.external, args.external_tiles) if args.external else None
     try:
         rounds.train()
     except KeyboardInterrupt:
@@ -80,12 +82,11 @@ def run(args: argparse.Namespace) -> int:
             f"\ninterrupted; go on with: dre-fast cross-validate --out {args.out} --resume", file=sys.stderr
         )
         return 130
-    how = Judging(args.level, args.bootstrap)
     print(score_grid(rounds.judge(how), "pooled").text())
     print(rounds.out / "scores.csv", rounds.out / "scores.md", sep="\n")
-    if args.external:
+    if external is not None:
         print(f"\n{args.external}:")
-        print(score_grid(rounds.external(args.external, args.external_tiles, how), "averaged").text())
+        print(score_grid(rounds.judge_external(external, how), "averaged").text())
         print(rounds.out / "external" / "scores.csv", rounds.out / "external" / "scores.md", sep="\n")
     return 0
 

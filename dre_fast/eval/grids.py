@@ -49,18 +49,14 @@ class Grid:
 
 
 def show(cell: Cell) -> str:
-    """A cell for people: three decimals where they say something, whole numbers as they are."""
+    """A cell for people: three decimals where they say something; text and whole numbers as they are."""
     if cell is None:
         return ""
     if not isinstance(cell, float):
         return str(cell)
-    return (
-        f"{cell:.3f}"
-        if 0.1 <= abs(cell) < 1000 or cell == 0
-        else f"{cell:.3g}"
-        if abs(cell) < 1
-        else f"{cell:.0f}"
-    )
+    if abs(cell) >= 1000:
+        return f"{cell:.0f}"
+    return f"{cell:.3f}" if abs(cell) >= 0.0005 or cell == 0 else f"{cell:.1e}"
 
 
 def _plain(cell: Cell) -> str:

@@ -37,7 +37,7 @@ from dre_fast.eval.folds import (
     with_folds,
     write_cohort,
 )
-from dre_fast.eval.metrics import MetricRow, evaluate_predictions
+from dre_fast.eval.metrics import LEVELS, MetricRow, evaluate_predictions
 from dre_fast.train.build import SlideSet, slide_set
 from dre_fast.train.checks import check_folder, check_same_config, pick_device
 from dre_fast.train.config import Config, ConfigError, DataConfig, save_config
@@ -57,6 +57,22 @@ class Judging:
     level: str = "slide"
     bootstrap: int = 1000
     confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS or self.bootstrap < 0 or not 0 < self.confidence < 1:
+            raise ValueError(
+                f"level must be slide or patient, bootstrap >= 0 and confidence in (0, 1), got {self.level!r}, "
+                f"{self.bootstrap} and {self.confidence}"
+            )
+
+
+@dataclass(frozen=True)
+class External:
+    """A cohort that no fold's model has seen: its slides with labels, their tiles, the tasks judged on it."""
+
+    cohort: Cohort
+    slides: SlideSet
+    tasks: list[str]
 
 
 class CrossValidation:
@@ -112,6 +128,10 @@ class CrossValidation:
             cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
             for task in config.loss.tasks
         ]
+        if cohort.splits and not began:
+            warnings.warn(
+                f"{cohort.source}: column 'split' is not used; every slide is in a fold", stacklevel=2
+            )
         self.validation = self._validation(validation, began)
         columns = list(dict.fromkeys(column for task in self.tasks for column in task.columns))
         file = self.out / FOLDS
@@ -162,35 +182,45 @@ class CrossValidation:
         score_grid(scores, "pooled").write(self.out / "scores")
         return scores
 
-    def external(self, table: str | Path, tiles: str | Path, how: Judging) -> list[FoldScore]:
-        """Judge the model of every fold, and the average of their probabilities, on a cohort none of them saw.
+    def open_external(self, table: str | Path, tiles: str | Path) -> External:
+        """Another cohort, checked: it shares nothing with the one trained on, and has labels and tiles.
 
-        Writes external/fold-N.safetensors, external/averaged.safetensors, external/scores.csv and scores.md. Files of
-        another cohort or other tiles are made again; tasks whose columns the cohort lacks are left out with a warning.
+        Tasks whose columns it lacks are left out with a warning.
 
         Raises:
-            ValueError: a case, slide or file of the cohort is among those trained on; no task can be judged.
+            ValueError: a case, slide or file of the cohort is among those trained on, it has the labels of no task, or
+                a label that the models do not know.
         """
         data = self.config.data
         cohort = Cohort.read(table, missing_values=data.missing_values)
         refuse_overlap(self.cohort, cohort)
-        tasks = [task.name for task in self.tasks if set(task.columns) <= set(cohort.label_names)]
-        absent = [task.name for task in self.tasks if task.name not in tasks]
+        tasks = [task for task in self.tasks if set(task.columns) <= set(cohort.label_names)]
+        absent = ", ".join(task.name for task in self.tasks if task not in tasks)
         if not tasks:
-            raise ValueError(f"{table}: has the label columns of no task ({', '.join(absent)})")
+            raise ValueError(f"{table}: has the label columns of no task ({absent})")
         if absent:
-            warnings.warn(f"{table}: no label columns for {', '.join(absent)}; not judged", stacklevel=2)
-        slides = _open(cohort, tiles, data)
+            warnings.warn(f"{table}: no label columns for {absent}; not judged", stacklevel=2)
+        for task in tasks:
+            cohort.encode(task)
+        return External(cohort, _open(cohort, tiles, data), [task.name for task in tasks])
+
+    def judge_external(self, external: External, how: Judging) -> list[FoldScore]:
+        """Scores of every fold's model, and jointly of the average of their probabilities, on another cohort.
+
+        Writes external/fold-N.safetensors, external/averaged.safetensors, external/scores.csv and scores.md. What is
+        there of other slides or tiles is removed.
+        """
         folder = self.out / "external"
-        _keep_only_of(slides, folder)
+        _keep_only_of(external.slides, folder)
         parts = {}
         for fold in self.folds:
             file = folder / f"fold-{fold}.safetensors"
             if not file.exists():
-                encode_with(self.folder(fold), slides, self.config).save(file)
+                encode_with(self.folder(fold), external.slides, self.config).save(file)
             parts[fold] = SlideEmbeddings.load(file)
         averaged = average_predictions(list(parts.values()))
         averaged.save(folder / "averaged.safetensors")
+        cohort, tasks = external.cohort, external.tasks
         per_fold = {fold: self._rows(part, cohort, how, tasks, bootstrap=0) for fold, part in parts.items()}
         scores = fold_scores(per_fold, self._rows(averaged, cohort, how, tasks))
         score_grid(scores, "averaged").write(folder / "scores")

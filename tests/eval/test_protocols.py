@@ -19,10 +19,11 @@ from dre_fast.cli import main
 from dre_fast.data.cohort import Cohort
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.eval.fold_scores import average_predictions, fold_scores, pool_predictions, score_grid
-from dre_fast.eval.protocols import CrossValidation
+from dre_fast.eval.protocols import CrossValidation, Judging
 from dre_fast.eval.tables import MetricRow
 from dre_fast.train.config import Config, save_config
 from dre_fast.train.inference import load_run
+from dre_fast.train.loop import Trainer
 
 QUICK = ("loss.contrastive=null", "data.reports=null", "optim.epochs=1", "run.threads=0")
 
@@ -87,15 +88,38 @@ def test_resume_trains_only_what_is_not_finished(
     shutil.copytree(study / "cv", out)
     with pytest.raises(ValueError, match="already holds a cross-validation"):
         CrossValidation(settings(study / "cohort"), out)
-    shutil.rmtree(out / "fold-1")  # the run had not come so far
+    shutil.rmtree(out / "fold-1")  # it had not come so far
+    (out / "fold-2" / "predictions.safetensors").unlink()  # stopped between training and prediction
     finished = (out / "fold-0" / "last.pt").stat().st_mtime_ns
     assert main(["cross-validate", "--out", str(out), "--resume"]) == 0
     said = capsys.readouterr().err
     assert "fold 1:" in said
+    assert "fold 2:" in said
     assert "fold 0:" not in said
     assert (out / "fold-0" / "last.pt").stat().st_mtime_ns == finished
     for name in ("scores.csv", "folds.csv"):
         assert (out / name).read_text() == (study / "cv" / name).read_text()
+
+
+def test_an_interrupted_one_says_how_to_go_on(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stop(_: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    command = [
+        "cross-validate",
+        "optim.lr=0.002",
+        str(study / "config.yaml"),
+        "--out",
+        str(tmp_path),
+        "--folds",
+        "3",
+    ]
+    assert main(command) == 130
+    assert f"--out {tmp_path} --resume" in capsys.readouterr().err
+    assert "lr: 0.002" in (tmp_path / "config.yaml").read_text()
 
 
 def test_resume_refuses_what_has_changed(study: Path):
@@ -151,11 +175,31 @@ def test_faults_are_named_before_anything_is_written(study: Path, tmp_path: Path
         CrossValidation(
             tiny_config(study / "cohort", "loss.tasks=[]", f"data.reports={tmp_path / 'r'}"), tmp_path / "cv"
         )
-    with pytest.raises(ValueError, match="9 cases cannot be dealt to 12"):
+    with (
+        pytest.warns(UserWarning, match="'split' is not used"),
+        pytest.raises(ValueError, match="9 cases cannot be dealt to 12"),
+    ):
         CrossValidation(settings(study / "cohort"), tmp_path / "cv", folds=12)
     with pytest.raises(ValueError, match="holds a run"):
         CrossValidation(settings(study / "cohort"), study / "cv" / "fold-0")
     assert not (tmp_path / "cv").exists()
+
+
+def test_external_labels_are_checked_before_training(study: Path):
+    rounds = CrossValidation(settings(study / "cohort"), study / "cv", resume=True)
+    text = (study / "other" / "cohort.csv").read_text()
+    table, tiles = study / "other" / "changed.csv", study / "other" / "tiles"
+    table.write_text(text.replace("stripes", "waves"))
+    with pytest.raises(ValueError, match="'waves' is not a class"):
+        rounds.open_external(table, tiles)
+    table.write_text(text.replace("kind,EGFR", "sort,EGFR"))
+    with pytest.warns(UserWarning, match="no label columns for kind"):
+        assert rounds.open_external(table, tiles).tasks == ["EGFR"]
+    table.write_text(text.replace("kind,EGFR", "sort,TP53"))
+    with pytest.raises(ValueError, match="columns of no task"):
+        rounds.open_external(table, tiles)
+    with pytest.raises(ValueError, match="bootstrap >= 0"):
+        Judging(bootstrap=-1)
 
 
 def test_averages_are_of_probabilities_and_stay_finite():
