@@ -269,7 +269,11 @@ class CrossValidation:
         return config.with_absolute_paths()
 
     def _describe(self, fold: int) -> str:
-        return ", ".join(f"{count} {split}" for split, count in self._split(fold).splits.items()) + " slides"
+        slides = self._split(fold).splits
+        return (
+            ", ".join(f"{slides[split]} {split}" for split in ("train", "val", "test") if split in slides)
+            + " slides"
+        )
 
 
 def encode_with(run: str | Path, slides: SlideSet, config: Config) -> SlideEmbeddings:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from train_cohort import tiny_config, write_cohort
 
 from dre_fast.cli import main
+from dre_fast.eval import compare_figures
 from dre_fast.eval.compare import read_runs, result_grid, results, settings_grid, tiles_a_step
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
@@ -111,7 +112,11 @@ def test_names_tell_runs_apart(runs: Path, tmp_path: Path):
         read_runs([runs / "full", runs / "cohort" / ".." / "full"])
 
 
-def test_faults_and_gaps_are_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_faults_and_gaps_are_said(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compare_figures, "draw_comparison", lambda out, runs: [])  # drawn above
+
     def call(*words: str) -> tuple[int, str]:
         code = main(["compare", *words, "--out", str(tmp_path / "out")])
         return code, capsys.readouterr().err

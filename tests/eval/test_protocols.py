@@ -93,7 +93,7 @@ def test_resume_trains_only_what_is_not_finished(
     finished = (out / "fold-0" / "last.pt").stat().st_mtime_ns
     assert main(["cross-validate", "--out", str(out), "--resume"]) == 0
     said = capsys.readouterr().err
-    assert "fold 1:" in said
+    assert "fold 1: 3 train, 3 val, 3 test slides" in said
     assert "fold 2:" in said
     assert "fold 0:" not in said
     assert (out / "fold-0" / "last.pt").stat().st_mtime_ns == finished
