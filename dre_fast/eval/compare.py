@@ -105,7 +105,7 @@ def settings_grid(runs: Sequence[Run]) -> Grid:
 
 def result_grid(runs: Sequence[Run]) -> Grid:
     """What the runs came to, a line a quantity, a column a run; of a cross-validation the means over its folds."""
-    found = [[results(log, run.config) for log in run.logs] for run in runs]
+    found = [[results(log) for log in run.logs] for run in runs]
     keys = list(dict.fromkeys(key for logs in found for one in logs for key in one))
     rows: list[list[Cell]] = [
         [key, *(_mean([one.get(key) for one in logs]) for logs in found)] for key in keys
@@ -115,11 +115,10 @@ def result_grid(runs: Sequence[Run]) -> Grid:
     )
 
 
-def results(log: Log, config: Config) -> dict[str, float | int | None]:
+def results(log: Log) -> dict[str, float | int | None]:
     """What a run came to, from its log.
 
-    Validation scores are those of the epoch whose model was kept. ``live tiles/s`` counts ``optim.batch_size`` x
-    ``memory.live`` tiles a step (mode exact: every tile), so it is a little high where slides have fewer.
+    Validation scores are those of the epoch whose model was kept. ``live tiles/s`` counts the tiles with gradient.
     """
     steps, epochs = _of(log, "step"), _of(log, "epoch")
     validated = [line for line in epochs if line.get("val_score") is not None]
@@ -136,8 +135,9 @@ def results(log: Log, config: Config) -> dict[str, float | int | None]:
     found["train_loss, last epoch"] = epochs[-1]["train_loss"] if epochs else None
     seconds = float(np.median([line["seconds"] for line in steps])) if steps else None
     found["seconds a step"] = seconds
-    tiles = tiles_a_step(log, config)
-    found["live tiles/s"] = tiles / seconds if tiles and seconds else None
+    counted = [line for line in steps if "tiles" in line]
+    spent = sum(line["seconds"] for line in counted)
+    found["live tiles/s"] = sum(line["tiles"] for line in counted) / spent if spent else None
     fills = _of(log, "prefill")
     found["pre-fill tiles/s"] = (
         fills[0]["tiles"] / fills[0]["seconds"] if fills and fills[0]["seconds"] else None
@@ -158,16 +158,6 @@ def results(log: Log, config: Config) -> dict[str, float | int | None]:
 def scores_first(keys: Iterable[str]) -> list[str]:
     """Distinct keys of validation: the score that decides, those of tasks, then losses."""
     return sorted(dict.fromkeys(keys), key=lambda key: (key != "val_score", key.startswith("val_loss")))
-
-
-def tiles_a_step(log: Log, config: Config) -> float | None:
-    """Tiles with gradient in a step; None where the log does not tell."""
-    if config.memory.mode != "exact":
-        return float(config.optim.batch_size * config.memory.live)
-    fills = _of(log, "prefill")
-    first = sum(line["epoch"] == 0 for line in _of(log, "step"))
-    complete = any(line["epoch"] == 0 for line in _of(log, "epoch"))
-    return fills[0]["tiles"] / first if fills and complete else None  # type: ignore[no-any-return]
 
 
 def paired_grid(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dre_fast.eval.compare import Log, Run, scores_first, tiles_a_step
+from dre_fast.eval.compare import Log, Run, scores_first
 from dre_fast.eval.figures import INK, MUTED, PALETTE, save_figure, tidy
-from dre_fast.eval.plots import _panels, _series, _smoothed
+from dre_fast.eval.plots import panels_of, series, smoothed
 from dre_fast.eval.report import Figure
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -84,19 +84,19 @@ def _memory(runs: Sequence[Run]) -> list[Panel]:
     return [
         _each(
             runs,
-            lambda log, _: _series(log, "fidelity", "step", "embedding"),
+            lambda log, _: series(log, "fidelity", "step", "embedding"),
             "cosine of the embedding",
             level=1,
         ),
         _each(
             runs,
-            lambda log, _: _series(log, "fidelity", "step", "gradient"),
+            lambda log, _: series(log, "fidelity", "step", "gradient"),
             "cosine of the gradient",
             level=1,
         ),
         _each(
             runs,
-            lambda log, _: _series(log, "drift", "step", "factor"),
+            lambda log, _: series(log, "drift", "step", "factor"),
             "factor on the encoder's rate",
             level=1,
         ),
@@ -107,10 +107,10 @@ def _memory(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _speed(runs: Sequence[Run]) -> list[Panel]:
-    def rate(log: Log, run: Run) -> Curve:
-        x, seconds = _series(log, "step", "step", "seconds")
-        tiles = tiles_a_step(log, run.config)
-        return (x, tiles / np.maximum(seconds, 1e-9)) if tiles else (x[:0], seconds[:0])
+    def rate(log: Log, _: Run) -> Curve:
+        counted = [line for line in log if "tiles" in line]
+        x, seconds = series(counted, "step", "step", "seconds")
+        return x, series(counted, "step", "step", "tiles")[1] / np.maximum(seconds, 1e-9)
 
     def clock(log: Log, _: Run) -> Curve:
         points = [(line["step"], end) for line, end in _ends(log) if line["kind"] == "step"]
@@ -154,12 +154,12 @@ def _each(
 
 
 def _by_step(runs: Sequence[Run], key: str, title: str, *, smooth: bool) -> Panel:
-    return _each(runs, lambda log, _: _series(log, "step", "step", key), title, smooth=smooth)
+    return _each(runs, lambda log, _: series(log, "step", "step", key), title, smooth=smooth)
 
 
 def _by_epoch(runs: Sequence[Run], key: str, title: str, level: float | None = None) -> Panel:
     def curve(log: Log, _: Run) -> Curve:
-        x, y = _series(log, "epoch", "epoch", key)
+        x, y = series(log, "epoch", "epoch", key)
         return x + 1, y
 
     return _each(runs, curve, title, x="epoch", level=level)
@@ -171,14 +171,14 @@ def _look(i: int) -> dict[str, str]:
 
 
 def _draw(path: Path, panels: Sequence[Panel], names: Sequence[str]) -> Path:
-    figure, axes = _panels(len(panels))
+    figure, axes = panels_of(len(panels))
     for axis, panel in zip(axes, panels):
         for i, curves in enumerate(panel.curves):
             for x, y in curves:
                 marker = "o" if len(x) == 1 else None  # a line of one point is nothing to see
                 axis.plot(
                     x,
-                    _smoothed(y) if panel.smooth else y,
+                    smoothed(y) if panel.smooth else y,
                     linewidth=1.5,
                     marker=marker,
                     markersize=4,

@@ -37,15 +37,15 @@ def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
         if key == "val_loss" or key.startswith(_JUDGED)
     ]
     panels = [("step", "loss"), *(("epoch", key) for key in keys)]
-    figure, axes = _panels(len(panels))
+    figure, axes = panels_of(len(panels))
     for axis, (kind, key) in zip(axes, panels):
         for (name, log), colour in zip(logs.items(), _colours(len(logs))):
-            x, y = _series(log, kind, "epoch" if kind == "epoch" else "step", key)
+            x, y = series(log, kind, "epoch" if kind == "epoch" else "step", key)
             if not len(x):
                 continue
             if kind == "step":
                 axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
-                axis.plot(x, _smoothed(y), color=colour, linewidth=1.8, label=name)
+                axis.plot(x, smoothed(y), color=colour, linewidth=1.8, label=name)
             else:
                 axis.plot(x + 1, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
         axis.set_xlabel(kind, fontsize=8, color=MUTED)
@@ -81,7 +81,7 @@ def draw_staleness(
         )
     probed = any(record.get("kind") == "fidelity" for record in log)
     guarded = any(record.get("kind") == "drift" for record in log)
-    figure, axes = _panels(3 + 2 * bool(statistics) + probed + guarded)
+    figure, axes = panels_of(3 + 2 * bool(statistics) + probed + guarded)
     groups = (
         ("age of rows, steps", [("mean", "bank_age_mean"), ("oldest", "bank_age_max")]),
         ("drift when refreshed, 1 - cos", _drift_keys(log)),
@@ -90,7 +90,7 @@ def draw_staleness(
     for axis, (title, lines) in zip(axes, groups):
         drawn = 0
         for (name, key), colour in zip(lines, _colours(len(lines))):
-            x, y = _series(log, "epoch", "epoch", key)
+            x, y = series(log, "epoch", "epoch", key)
             if len(x):
                 axis.plot(x + 1, y, color=colour, linewidth=1.8, label=name)
                 drawn += 1
@@ -124,7 +124,7 @@ def _draw_histogram(axis: Any, histogram: Mapping[str, Any], title: str, unit: s
 def _draw_guard(axis: Any, log: Log) -> None:
     lines = (("load (1 = limit)", "load"), ("factor on the encoder's rate", "factor"))
     for (name, key), colour in zip(lines, _colours(2)):
-        x, y = _series(log, "drift", "step", key)
+        x, y = series(log, "drift", "step", key)
         axis.plot(x, y, color=colour, linewidth=1.2, label=name)
     axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
     axis.set_ylim(0, None)
@@ -136,7 +136,7 @@ def _draw_guard(axis: Any, log: Log) -> None:
 
 def _draw_fidelity(axis: Any, log: Log) -> None:
     for (name, key), colour in zip((("embedding", "embedding"), ("gradient", "gradient")), _colours(2)):
-        x, y = _series(log, "fidelity", "step", key)
+        x, y = series(log, "fidelity", "step", key)
         if len(x):
             axis.plot(x, y, color=colour, linewidth=1.2, marker=".", markersize=4, label=name)
     axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
@@ -170,7 +170,7 @@ def _log_scale(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _panels(count: int):  # type: ignore[no-untyped-def]
+def panels_of(count: int):  # type: ignore[no-untyped-def]
     """A figure of `count` panels in rows of at most four."""
     columns = min(count, 4)
     rows = math.ceil(count / columns)
@@ -181,7 +181,7 @@ def _panels(count: int):  # type: ignore[no-untyped-def]
     return figure, axes[:count]
 
 
-def _series(log: Log, kind: str, x_key: str, y_key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(log: Log, kind: str, x_key: str, y_key: str) -> tuple[np.ndarray, np.ndarray]:
     """The points of one curve; lines without the key, or with null, are left out."""
     points = [
         (record[x_key], record[y_key])
@@ -192,7 +192,7 @@ def _series(log: Log, kind: str, x_key: str, y_key: str) -> tuple[np.ndarray, np
     return array[:, 0], array[:, 1]
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Exponential moving average over about a twentieth of the run, without the pull of a zero start."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     average, weight, out = 0.0, 0.0, np.empty_like(values)

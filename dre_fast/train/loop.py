@@ -294,6 +294,7 @@ class Trainer:
         return {
             "step": self.step,
             "epoch": epoch,
+            "tiles": sum(self._live_tiles(number) for number in numbers.tolist()),
             "loss": loss.item(),
             **{f"loss_{name}": value.item() for name, value in parts.items()},
             "grad_norm": norm,
@@ -301,6 +302,11 @@ class Trainer:
             "encoder_lr": rates.get(True, 0.0),
             "temperature": self.objective.temperature,
         }
+
+    def _live_tiles(self, number: int) -> int:
+        """Tiles of a slide that have a gradient in a step."""
+        n, memory = self.data.train.tiles[number], self.config.memory
+        return n if memory.mode == "exact" else min(n, memory.live)
 
     def _forward(self, batch: Batch, exact: ExactBatch | None, epoch: int) -> SlideOutput:
         """The slides of this process; each with its memory mode's share of tiles."""

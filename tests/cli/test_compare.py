@@ -15,7 +15,7 @@ from train_cohort import tiny_config, write_cohort
 
 from dre_fast.cli import main
 from dre_fast.eval import compare_figures
-from dre_fast.eval.compare import read_runs, result_grid, results, settings_grid, tiles_a_step
+from dre_fast.eval.compare import read_runs, result_grid, results, settings_grid
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
 
@@ -81,12 +81,14 @@ def test_figures_tables_and_page(runs: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_tiles_of_a_step_are_those_with_gradient(runs: Path):
     full, exact = read_runs([runs / "full", runs / "exact"])
-    assert tiles_a_step(full.logs[0], full.config) == 2 * 4
-    # a slide of 64 px holds four tiles of 32, and six training slides make three steps
-    assert tiles_a_step(exact.logs[0], exact.config) == 6 * 4 / 3
+    # two slides a step: of 64 px, so of four tiles of 32 px, all of them live in both modes
+    for run in (full, exact):
+        assert {line["tiles"] for line in run.logs[0] if line["kind"] == "step"} == {2 * 4}
     begun = [line for line in exact.logs[0] if line["kind"] != "epoch"]
-    assert tiles_a_step(begun, exact.config) is None
-    assert "val_score" not in results(begun, exact.config)
+    steps = [line for line in begun if line["kind"] == "step"]
+    rate = sum(line["tiles"] for line in steps) / sum(line["seconds"] for line in steps)
+    assert results(begun)["live tiles/s"] == pytest.approx(rate)
+    assert "val_score" not in results(begun)
 
 
 def test_folds_of_a_cross_validation_count_as_one(runs: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dre_fast.eval.plots import _series, _smoothed, draw_curves, draw_staleness
+from dre_fast.eval.plots import draw_curves, draw_staleness, series, smoothed
 from dre_fast.eval.report import Figure, Table, build_page
 
 
@@ -58,15 +58,15 @@ def test_no_steps_is_an_error(tmp_path: Path):
 
 
 def test_null_values_are_left_out_of_a_curve():
-    x, y = _series(log(), "epoch", "epoch", "val_auc_subtype")
+    x, y = series(log(), "epoch", "epoch", "val_auc_subtype")
     assert x.tolist() == [1, 2, 3]
     np.testing.assert_allclose(y, [0.7, 0.8, 0.9])
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_trend():
-    np.testing.assert_allclose(_smoothed(np.full(200, 3.0)), 3.0)
+    np.testing.assert_allclose(smoothed(np.full(200, 3.0)), 3.0)
     ramp = np.linspace(0, 1, 200)
-    smooth = _smoothed(ramp)
+    smooth = smoothed(ramp)
     assert (np.diff(smooth) > 0).all()
     assert abs(smooth[-1] - 1) < 0.1
 
