@@ -69,12 +69,13 @@ def test_training_page(tmp_path):
     )
 
 
-def test_lines_of_the_training_page_are_settings():
+@pytest.mark.parametrize("name", ["training", "data-path"])
+def test_lines_of_a_page_are_settings(name):
     from dre_fast.train.config import load_config
 
-    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-    assert len(lines) > 10
+    assert len(lines) > 7
     for line in lines:
         load_config(None, line.split())
 

@@ -3,8 +3,8 @@
     python -m benchmarks.study.rare_witness --out benchmarks/results/cpu-2-cores/rare_witness
 
 Frozen encoder, no memory, sampled and full memory, and the exact gradient, over encoder rates from 0.01 to 1 of the
-head's, with the drift guard, at some also without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all logs but
-those of single steps), table.md and auc.png.
+head's, with the drift guard, at some also without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all
+logs but those of single steps), table.md and auc.png.
 """
 
 from __future__ import annotations

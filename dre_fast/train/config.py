@@ -21,7 +21,15 @@ from dre_fast.nn.bank_tiers import to_bytes
 
 # Settings that may change when a run is resumed: where it runs and where its data lie, not what it computes.
 FREE_ON_RESUME = frozenset(
-    {"data.cohort", "data.tiles", "data.reports", "data.cache", "data.workers", "data.max_open"}
+    {
+        "data.cohort",
+        "data.tiles",
+        "data.reports",
+        "data.cache",
+        "data.workers",
+        "data.max_open",
+        "data.slow_seconds",
+    }
     | {
         "memory.tier",
         "memory.folder",
@@ -61,6 +69,11 @@ class DataConfig:
     mpp: float | None = None  # um/px of slides that do not say
     workers: int = 0  # processes that read tiles ahead
     max_open: int = 8  # slide handles open at once in each worker
+    on_error: str = "stop"  # stop | skip: leave a slide that cannot be read out of its step, and say so
+    max_failing: float = (
+        0.05  # on_error skip: share of an epoch's visits above which the run stops all the same
+    )
+    slow_seconds: float = 60.0  # a warning names the slides whose tiles take longer
     cache: str | None = None  # folder for files that hold every tile decoded once (uint8), made on first use
     missing_values: list[str] = field(
         default_factory=lambda: ["", "NA"]
@@ -201,6 +214,13 @@ class Config:
         Raises:
             ConfigError: names the key.
         """
+        _one_of("data.on_error", self.data.on_error, ("stop", "skip"))
+        if self.data.on_error == "skip" and self.memory.mode == "exact":
+            raise ConfigError("data.on_error=skip: memory.mode=exact needs every tile of every slide")
+        if not 0 <= self.data.max_failing <= 1:
+            raise ConfigError(f"data.max_failing={self.data.max_failing}: must be in [0, 1]")
+        if not 0 < self.data.slow_seconds < math.inf:
+            raise ConfigError(f"data.slow_seconds={self.data.slow_seconds}: must be > 0")
         _one_of("model.aggregator", self.model.aggregator, ("residual", *AGGREGATORS))
         _one_of("memory.mode", self.memory.mode, ("full", "sampled", "none", "exact"))
         if not 0 <= self.memory.writer_decay < 1:

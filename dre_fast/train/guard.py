@@ -13,6 +13,7 @@ from dre_fast.ops.encode import nearest
 from dre_fast.train.config import Config
 from dre_fast.train.distributed import Group
 from dre_fast.train.drift import DriftGuard
+from dre_fast.train.read_ahead import read_or_error
 from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import epoch_order, scale_slots
 from dre_fast.train.writer import Autocast
@@ -124,4 +125,12 @@ class EncoderGuard:
         for i in range(self.config.memory.drift_tiles):
             slide = slides[i % len(slides)]
             chosen.setdefault(slide, set()).add(int(torch.randint(tiles[slide], (1,), generator=generator)))
-        return torch.cat([self.data.train.reader.read(slide, sorted(ids)) for slide, ids in chosen.items()])
+        read = [
+            read_or_error(self.data.train.reader, slide, torch.tensor(sorted(ids)))
+            for slide, ids in chosen.items()
+        ]
+        there = [images for images in read if isinstance(images, Tensor)]
+        errors = [error for error in read if isinstance(error, ValueError)]
+        if errors and (self.config.data.on_error == "stop" or not there):
+            raise errors[0]
+        return torch.cat(there)

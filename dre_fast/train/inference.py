@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
 from dre_fast.train.build import SlideSet, build_model, task_card
-from dre_fast.train.config import Config, config_from_dict
+from dre_fast.train.config import Config, DataConfig, config_from_dict
 from dre_fast.train.distributed import Group
+from dre_fast.train.read_ahead import chunks_of, read_jobs
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -47,46 +49,73 @@ def encode_tiles_of(
 
 
 @torch.no_grad()
-def encode_slide(
-    model: DRESLCL,
-    reader: Reader,
-    slide: int,
-    chunk: int,
-    autocast: Autocast = contextlib.nullcontext,
-) -> SlideOutput:
-    """One slide, all its tiles -> :class:`SlideOutput` with B = 1."""
-    features = encode_tiles_of(model, reader, slide, chunk, autocast)
-    with autocast():
-        return model.encode_bags(features)
-
-
-@torch.no_grad()
 def encode_slides(
     model: DRESLCL,
     slides: SlideSet,
     tasks: Sequence[Task],
     *,
     chunk: int = 256,
+    data: DataConfig | None = None,
     autocast: Autocast = contextlib.nullcontext,
     desc: str = "encode",
 ) -> SlideEmbeddings:
-    """Slide embeddings, projections into the report space and task logits of every slide of a set."""
-    outputs = [
-        encode_slide(model, slides.reader, i, chunk, autocast)
-        for i in progress(range(len(slides)), desc, unit="slide")
-    ]
+    """Slide embeddings, projections into the report space and task logits of every slide of a set.
+
+    Args:
+        data: ``workers`` processes read ahead; with ``on_error="skip"`` slides that cannot be read are left out.
+
+    Raises:
+        ValueError: a slide that cannot be read (named), or none that can.
+        OSError: a process that reads died.
+    """
+    data = DataConfig() if data is None else data
+    outputs: list[SlideOutput] = []
+    there: list[int] = []
+    for slide, features in progress(
+        _features_of(model, slides, chunk, autocast, data), desc, total=len(slides), unit="slide"
+    ):
+        if isinstance(features, ValueError):
+            if data.on_error == "stop" or (slide + 1 == len(slides) and not outputs):
+                raise features
+            warnings.warn(f"left out: {features}", stacklevel=2)
+            continue
+        with autocast():
+            outputs.append(model.encode_bags(features))
+        there.append(slide)
 
     def stack(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).float().cpu()
 
     reports = [out.report for out in outputs if out.report is not None]
     return SlideEmbeddings(
-        slide_ids=[record.slide_id for record in slides.records],
+        slide_ids=[slides.records[slide].slide_id for slide in there],
         embedding=stack([out.embedding for out in outputs]),
         report_embedding=stack(reports) if reports else None,
         logits={name: stack([out.logits[name] for out in outputs]) for name in model.heads},
         tasks={task.name: task_card(task) for task in tasks},
     )
+
+
+def _features_of(
+    model: DRESLCL, slides: SlideSet, chunk: int, autocast: Autocast, data: DataConfig
+) -> Iterator[tuple[int, Tensor | ValueError]]:
+    """Each slide with its features [n, D], or with the first error of reading it."""
+    model.eval()
+    device = model.codebook.device
+    jobs = chunks_of(slides.reader.tiles_per_slide, chunk)
+    names = [record.slide_id for record in slides.records]
+    read = read_jobs(slides.reader, jobs, names, workers=data.workers, slow=data.slow_seconds)
+    parts: list[Tensor] = []
+    error: ValueError | None = None
+    for position, ((slide, _), images) in enumerate(zip(jobs, read)):
+        if isinstance(images, ValueError):
+            error = error or images
+        elif error is None:
+            with torch.no_grad(), autocast():
+                parts.append(model.encode_tiles(images.to(device, non_blocking=True)))
+        if position + 1 == len(jobs) or jobs[position + 1][0] != slide:
+            yield slide, torch.cat(parts) if error is None else error
+            parts, error = [], None
 
 
 def validate(
@@ -98,6 +127,7 @@ def validate(
     *,
     chunk: int,
     group: Group,
+    data: DataConfig,
     supervised: Callable[[Task, Tensor, Tensor], Tensor],
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float | int | str | None]:
@@ -109,20 +139,21 @@ def validate(
     Args:
         supervised: (task, logits, target) -> loss.
     """
-    logits, projected = _encode_shared(model, slides, tasks, chunk, autocast, group)
+    there, logits, projected = _encode_shared(model, slides, tasks, chunk, autocast, group, data)
+    rows, targets = slides.report_rows[there], {name: t[there] for name, t in slides.targets.items()}
     result: dict[str, float | int | str | None] = {}
     losses = []
     if loss is not None and report_matrix is not None and projected is not None:
-        there = slides.report_rows >= 0
-        if there.any():
-            cases = slides.report_rows[there].to(report_matrix.device)
+        known = rows >= 0
+        if known.any():
+            cases = rows[known].to(report_matrix.device)
             with torch.no_grad():
-                value = loss.among(projected[there].to(report_matrix.device), report_matrix[cases], cases)
+                value = loss.among(projected[known].to(report_matrix.device), report_matrix[cases], cases)
             result["val_loss_contrastive"] = value.item()
             losses.append(value.item())
     scores = []
     for task in tasks:
-        own, target = logits[task.name], slides.targets[task.name]
+        own, target = logits[task.name], targets[task.name]
         result[f"val_loss_{task.name}"] = supervised(task, own, target).item()
         losses.append(float(result[f"val_loss_{task.name}"]))  # type: ignore[arg-type]
         if task.kind == "survival":
@@ -139,20 +170,31 @@ def validate(
 
 
 def _encode_shared(
-    model: DRESLCL, slides: SlideSet, tasks: Sequence[Task], chunk: int, autocast: Autocast, group: Group
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Logits and projections of all slides, on every process; each encodes every W-th one."""
+    model: DRESLCL,
+    slides: SlideSet,
+    tasks: Sequence[Task],
+    chunk: int,
+    autocast: Autocast,
+    group: Group,
+    data: DataConfig,
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Slides that could be read, their logits and projections, on every process; each encodes every W-th one."""
     own = torch.arange(group.rank, len(slides), group.world)
     found = None
     if len(own):
         share = slides if group.world == 1 else slides.share(own)
-        encoded = encode_slides(model, share, tasks, chunk=chunk, autocast=autocast, desc="validate")
-        found = own, encoded.logits, encoded.report_embedding
+        encoded = encode_slides(
+            model, share, tasks, chunk=chunk, data=data, autocast=autocast, desc="validate"
+        )
+        ids = [record.slide_id for record in share.records]
+        kept = own[[ids.index(name) for name in encoded.slide_ids]]
+        found = kept, encoded.logits, encoded.report_embedding
     parts = [part for part in group.everyones(found) if part is not None]
-    order = torch.cat([part[0] for part in parts]).argsort()
+    there = torch.cat([part[0] for part in parts])
+    order = there.argsort()
     logits = {name: torch.cat([part[1][name] for part in parts])[order] for name in parts[0][1]}
     projected = [part[2] for part in parts if part[2] is not None]
-    return logits, torch.cat(projected)[order] if projected else None
+    return there[order], logits, torch.cat(projected)[order] if projected else None
 
 
 @dataclass

@@ -26,6 +26,7 @@ from dre_fast.train.codebook import fit_on_bank
 from dre_fast.train.config import Config, save_config
 from dre_fast.train.distributed import Group, own_device
 from dre_fast.train.exact import ExactBatch, check_exact
+from dre_fast.train.failures import Failures
 from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
 from dre_fast.train.freshness import Scalars, freshness
 from dre_fast.train.guard import EncoderGuard
@@ -110,8 +111,10 @@ class Trainer:
             config.run.shards or 1,
             decay=config.memory.writer_decay,
             chunk=config.run.encode_chunk,
+            data=config.data,
             autocast=self._autocast,
         )
+        self.failures = Failures(config.data, self.group)
         self.objective = Objective(config.loss, self.data.train, self.tasks, reports).to(self.device)
         self.group.same_start(self.model)
         if self.group.world > 1:  # dropout differs from process to process
@@ -173,13 +176,14 @@ class Trainer:
         for batch in progress(
             batches, f"epoch {epoch + 1}/{config.optim.epochs}", total=remaining, unit="step"
         ):
+            self.failures.note(batch)
             metrics = self._train_step(batch, epoch)
             self._epoch_loss += float(metrics["loss"] or 0.0)
             self._epoch_steps += 1
             self.step += 1
             self.batch += 1
             now = time.perf_counter()
-            self._record("step", seconds=now - started, **metrics)
+            self._record("step", seconds=now - started, data_seconds=batch.seconds, **metrics)
             if config.run.probe_every and self.step % config.run.probe_every == 0:
                 self._measure_fidelity(epoch)
             started = time.perf_counter()
@@ -196,11 +200,11 @@ class Trainer:
             plan,
             self.train.reader,
             self.model.bank,
+            [record.slide_id for record in self.train.records],
+            config.data,
             key=seed * 100_003 + epoch,
             start=self.batch,
-            augment=config.data.augment,
-            stain=config.data.stain,
-            workers=config.data.workers,
+            pin=self.device.type == "cuda",
         )
 
     def _measure_fidelity(self, epoch: int) -> None:
@@ -230,6 +234,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
         summary: Scalars = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
+        summary.update(self.failures.of_epoch(len(self.data.train)))
         statistics = self.model.bank.statistics(step=self.step)
         summary.update(freshness(statistics, self.group))
         last = epoch + 1 == self.config.optim.epochs
@@ -274,6 +279,8 @@ class Trainer:
         own = self._forward(batch, exact, epoch)
         self._require_finite("slide embedding", own.embedding, self.data.numbers[batch.slides])
         out, numbers = self.group.outputs(own), self.group.numbers(self.data.numbers[batch.slides])
+        if not len(numbers):  # no slide of the step could be read
+            return {"step": self.step, "epoch": epoch, "tiles": 0, "loss": None}
         loss, parts = self.objective(out, numbers)
         self._require_finite("loss", loss, numbers)
         self.optimizer.zero_grad(set_to_none=True)
@@ -425,6 +432,7 @@ class Trainer:
             self.objective.reports,
             chunk=self.config.run.encode_chunk,
             group=self.group,
+            data=self.config.data,
             supervised=self.objective.supervised,
             autocast=self._autocast,
         )
@@ -482,6 +490,7 @@ class Trainer:
                     "step": self.step,
                     "epoch": self.epoch,
                     "batch": self.batch,
+                    "failures": self.failures.state_dict(),
                     "epoch_loss": self._epoch_loss,
                     "epoch_steps": self._epoch_steps,
                     "best": self.best,
@@ -510,6 +519,7 @@ class Trainer:
         self._epoch_loss, self._epoch_steps = state["epoch_loss"], state["epoch_steps"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self._log_size = state["log_size"]
+        self.failures.load_state_dict(state["failures"])
         self._set_random_state(state["random"])
 
     def _random_state(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dre_fast.nn.model import DRESLCL
 from dre_fast.progress import progress
 from dre_fast.train.build import SlideSet
+from dre_fast.train.config import DataConfig
+from dre_fast.train.read_ahead import chunks_of, read_jobs, read_or_error
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -29,6 +32,7 @@ class BankWriter:
             so that it does not matter which process holds it.
         decay: of the moving average, in [0, 1); 0 writes what the encoder itself gives.
         chunk: tiles encoded at once.
+        data: ``workers``, ``slow_seconds``, ``on_error``, ``max_failing``.
     """
 
     def __init__(
@@ -40,10 +44,11 @@ class BankWriter:
         *,
         decay: float,
         chunk: int,
+        data: DataConfig,
         autocast: Autocast,
     ) -> None:
         self.model, self.slides, self.shards, self.all_shards = model, slides, shards, all_shards
-        self.chunk, self.autocast = chunk, autocast
+        self.chunk, self.data, self.autocast = chunk, data, autocast
         self.average: AveragedModel | None = None
         if decay:
             self.average = AveragedModel(model.tile_encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -51,21 +56,40 @@ class BankWriter:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Encode and write every tile of every slide, as of step 0.
+        """Encode and write every tile of every slide, as of step 0; read ahead by ``data.workers`` processes.
 
         Raises:
-            ValueError: a feature that is not finite; names slide and tile.
+            ValueError: a feature that is not finite, or tiles that cannot be read; names slide and tile. With
+                ``data.on_error="skip"`` such tiles stay unwritten, unless there are more than ``data.max_failing``.
+            OSError: a process that reads died.
         """
-        for slide in progress(range(len(self.slides)), "pre-fill bank", unit="slide"):
-            for tiles in torch.arange(self.slides.tiles[slide]).split(self.chunk):
-                features = self._encode(self.slides.reader.read(slide, tiles))
-                bad = self._first_bad(features)
-                if bad is not None:
-                    raise ValueError(
-                        f"{self._name(slide, tiles[bad])}: the encoder's feature is not finite; look at "
-                        "model.encoder_weights, optim.amp"
-                    )
-                self.keep(slide, tiles, features, step=0)
+        jobs = chunks_of(self.slides.tiles, self.chunk)
+        names = [record.slide_id for record in self.slides.records]
+        read = read_jobs(
+            self.slides.reader, jobs, names, workers=self.data.workers, slow=self.data.slow_seconds
+        )
+        failed = 0
+        for (slide, tiles), images in progress(
+            zip(jobs, read), "pre-fill bank", total=len(jobs), unit="chunk"
+        ):
+            if isinstance(images, ValueError):
+                failed += len(tiles)
+                self._skip(images, failed, sum(self.slides.tiles))
+                continue
+            features = self._encode(images)
+            bad = self._first_bad(features)
+            if bad is not None:
+                raise ValueError(
+                    f"{self._name(slide, tiles[bad])}: the encoder's feature is not finite; look at "
+                    "model.encoder_weights, optim.amp"
+                )
+            self.keep(slide, tiles, features, step=0)
+
+    def _skip(self, error: ValueError, failed: int, tiles: int) -> None:
+        """Go on without tiles that cannot be read, or raise."""
+        if self.data.on_error == "stop" or failed > self.data.max_failing * tiles:
+            raise error
+        warnings.warn(f"{failed} of {tiles} tiles left out of the bank so far: {error}", stacklevel=3)
 
     @torch.no_grad()
     def renew(self, slides: Tensor, tiles: Tensor, rows: int, *, step: int) -> None:
@@ -97,9 +121,13 @@ class BankWriter:
         slide_of, tile_of = torch.cat(slide)[oldest], torch.cat(tile)[oldest]
         for s in slide_of.unique().tolist():  # a slide at a time, as they are read
             for chosen in tile_of[slide_of == s].sort().values.split(self.chunk):
-                features = self._encode(self.slides.reader.read(s, chosen))
-                self._require_finite(features, s, chosen, step)
-                self.keep(s, chosen, features, step=step)
+                images = read_or_error(self.slides.reader, s, chosen)
+                if isinstance(images, ValueError):
+                    if self.data.on_error == "stop":
+                        raise images
+                    warnings.warn(f"rows not renewed: {images}", stacklevel=2)
+                    continue
+                self.keep(s, chosen, self._encode(images), step=step)
 
     @torch.no_grad()
     def live(self, slides: Tensor, tiles: Tensor, images: Tensor, features: Tensor, *, step: int) -> None:

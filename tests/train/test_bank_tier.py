@@ -15,7 +15,7 @@ from dre_fast.train.state import read_metrics
 
 
 def log(out: Path) -> list[str]:
-    clocks = {"seconds", "tiles_per_second"}
+    clocks = {"seconds", "data_seconds"}
     rows = read_metrics(out / "metrics.jsonl")
     return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 

@@ -20,7 +20,7 @@ from dre_fast.train.samplers import steps_per_epoch, visits
 from dre_fast.train.shards import deal_slides, shards_of, with_shards
 from dre_fast.train.state import load_checkpoint, read_metrics
 
-CLOCKS = {"seconds"}
+CLOCKS = {"seconds", "data_seconds"}
 
 
 def command(processes: int, config: Path, out: Path) -> list[str]:

@@ -16,7 +16,7 @@ from dre_fast.train.state import read_metrics
 
 
 def timeless(out: Path, *left_out: str) -> list[str]:
-    clocks = {"seconds", "tiles_per_second"}
+    clocks = {"seconds", "data_seconds"}
     rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] not in left_out]
     return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 

@@ -63,7 +63,10 @@ def run(cohort: Path) -> Path:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("seconds")}
+        for row in read_metrics(out / "metrics.jsonl")
+    ]
 
 
 def opened(cohort: Path, *folders: str, **more: Any) -> SlideSet:

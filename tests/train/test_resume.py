@@ -20,7 +20,7 @@ from dre_fast.train.inference import load_run
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import load_checkpoint, read_metrics
 
-CLOCKS = {"seconds", "tiles_per_second"}
+CLOCKS = {"seconds", "data_seconds"}
 
 
 def timeless(file: Path) -> bytes:

@@ -18,7 +18,7 @@ MOVING = ("optim.head_warmup_epochs=0", "data.augment=false", "data.stain=0", "m
 
 
 def timeless(out: Path) -> list[str]:
-    clocks = {"seconds", "tiles_per_second"}
+    clocks = {"seconds", "data_seconds"}
     rows = read_metrics(out / "metrics.jsonl")
     return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
