@@ -34,7 +34,7 @@ from dre_fast.kernels.contrast_forward import (
 )
 from dre_fast.kernels.contrast_kernels import finish_kernel, sums_kernel, weights_kernel
 
-_FINISH = {"BLOCK": 128, "AT_ONCE": 16}
+_FINISH = {"BLOCK": 256, "AT_ONCE": 16}
 
 
 def info_nce_rows_backward(
@@ -109,31 +109,31 @@ def _backward(
     """Gradient of the slides, and those of scale and bias, [2]."""
     check(slides, reports, slide_cases, report_cases, scale, bias, grad, lse)
     B, T = slides.shape
-    d_slides = slides.new_empty((B, T))
+    d_slides = torch.empty_like(slides)
     grad, slide_cases, report_cases = (t.contiguous() for t in (grad, slide_cases, report_cases))
     with torch.cuda.device_of(slides):
         parts, reports, plan = prepare(slides, reports)
-        products, sums, padded, M = plan.products, plan.sums, plan.padded(B), len(reports)
-        chunk = plan.chunk(B, M)
-        stacks = padded // products.slides
-        tiles = plan.dim // sums.dim, padded // sums.slides
+        tile, sums, padded, M = plan.weights, plan.sums, plan.padded(B), len(reports)
+        chunk, width = plan.chunk(B, M), plan.width(T)
+        stacks = padded // tile.slides
+        tiles = width // sums.dim, padded // sums.slides
         ranges, height = plan.ranges(chunk, tiles[0] * tiles[1], sums)
         weights = slides.new_empty((plan.parts, padded, chunk), dtype=plan.operand)
-        totals = torch.zeros((chunk // products.reports, stacks, 2), device=slides.device)
-        found = torch.zeros((ranges, padded, plan.dim), device=slides.device)
+        totals = torch.zeros((chunk // tile.reports, stacks, 2), device=slides.device)
+        found = torch.zeros((ranges, padded, width), device=slides.device)
         for first in range(0, M, chunk):
             part, cases = reports[first : first + chunk], report_cases[first : first + chunk]
             count = len(part)
-            weights_kernel[(stacks, triton.cdiv(count, products.reports))](
+            weights_kernel[(stacks, triton.cdiv(count, tile.reports))](
                 part, part.stride(0), cases, parts, slide_cases, scale, bias, grad, lse, positives, weights, totals,
-                B, count, padded, chunk, **constants_of(plan, products, T), num_warps=products.warps,
+                B, count, padded, chunk, T, width, **constants_of(plan, tile), num_warps=tile.warps,
             )  # fmt: skip
             sums_kernel[(*tiles, triton.cdiv(count, height))](
-                part, part.stride(0), weights, found, count, padded, height, chunk, **constants_of(plan, sums, T),
+                part, part.stride(0), weights, found, count, padded, height, chunk, T, width, **constants_of(plan, sums),
                 num_warps=sums.warps,
             )  # fmt: skip
-        finish_kernel[(B, triton.cdiv(T, _FINISH["BLOCK"]))](
-            found, scale, d_slides, padded, ranges, T=T, TP=plan.dim, **_FINISH
+        finish_kernel[(triton.cdiv(padded * width, _FINISH["BLOCK"]),)](
+            found, scale, d_slides, *d_slides.stride(), B, padded, ranges, T, width, **_FINISH
         )
     return d_slides, totals.sum(dim=(0, 1))
 
@@ -142,21 +142,15 @@ def cases(arch: config.Arch) -> Iterator[Case]:
     """Every kernel of every plan on ``arch``, as the launcher launches them."""
     for dtype, T in SHAPES:
         for height in HEIGHTS:
-            plan = contrast_config.plan(arch, dtype, height, T)
+            plan = contrast_config.plan(arch, dtype, height)
             for kind, without in (("InfoNCE", INFO_NCE), ("sigmoid", SIGMOID)):
-                constants = constants_of(plan, plan.products, T)
+                constants = constants_of(plan, plan.weights)
                 absent = absent_of(weights_kernel, without)
                 yield case_of(
-                    arch,
-                    dtype,
-                    T,
-                    weights_kernel,
-                    f"backward weights {kind}",
-                    constants,
-                    absent,
-                    plan.products,
-                    "2",
+                    arch, dtype, T, weights_kernel, f"backward weights {kind}", constants, absent, plan.weights, "2"
                 )
-            constants = constants_of(plan, plan.sums, T)
+            constants = constants_of(plan, plan.sums)
             yield case_of(arch, dtype, T, sums_kernel, "backward sums", constants, (), plan.sums, "2")
-        yield case_of(arch, dtype, T, finish_kernel, "backward finish", {"T": T, "TP": plan.dim, **_FINISH})
+        yield case_of(
+            arch, dtype, T, finish_kernel, "backward finish", {**_FINISH}
+        )

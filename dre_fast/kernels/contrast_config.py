@@ -13,7 +13,7 @@ MAX_DIM = 4096
 DTYPES = (torch.float32, torch.bfloat16)
 # Entries of the fp32 scratch [slides, reports of a chunk] of the backward: 16 MB, which stays in the L2 cache.
 _SCRATCH = 1 << 22
-_SLIDES = (32, 64)  # heights of a tile of slides
+_SLIDES = (32, 64)  # heights of tiles of slides
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,29 @@ class Tile:
 
 @dataclass(frozen=True)
 class ContrastPlan:
-    """How slides meet reports of one (architecture, dtype, number of slides, T).
+    """How slides meet reports of one (architecture, dtype of reports, number of slides).
 
     operand: dtype of the products' factors. parts: pieces of it that an fp32 factor is split into. precision: of
-    products of fp32 factors. dim: T rounded up to whole tiles. programs: how many a launch should have at least.
-    products, sums: tiles of the products of slides with reports, and of the sums of weighted reports.
+    products of fp32 factors. programs: how many a launch should have at least.
+    forward, weights: tiles of the products of slides with reports, in the forward and in the backward.
+    sums: tiles of the sums of weighted reports.
     """
 
     operand: torch.dtype
     parts: int
     precision: str
-    dim: int
     programs: int
-    products: Tile
+    forward: Tile
+    weights: Tile
     sums: Tile
 
     def padded(self, slides: int) -> int:
         """Slides rounded up to whole tiles."""
-        return -(-slides // self.products.slides) * self.products.slides
+        return -(-slides // self.weights.slides) * self.weights.slides
+
+    def width(self, dim: int) -> int:
+        """T rounded up to whole tiles."""
+        return -(-dim // self.sums.dim) * self.sums.dim
 
     def ranges(self, reports: int, tiles: int, tile: Tile) -> tuple[int, int]:
         """(ranges, height): equal ranges of reports for ``tiles`` programs each, of whole tiles, none of them empty."""
@@ -56,7 +61,7 @@ class ContrastPlan:
 
     def chunk(self, slides: int, reports: int) -> int:
         """Reports whose weights lie in scratch at a time, in whole tiles."""
-        size = self.products.reports
+        size = self.weights.reports
         most = max(_SCRATCH // self.padded(slides) // size, 1)
         return min(most, -(-reports // size)) * size
 
@@ -74,24 +79,27 @@ def height_of(slides: int) -> int:
 
 
 @cache
-def plan(arch: Arch, dtype: torch.dtype, height: int, dim: int) -> ContrastPlan:
-    """The frozen plan for reports of ``dtype`` [*, dim], slides in tiles of ``height`` (see :func:`height_of`)."""
+def plan(arch: Arch, dtype: torch.dtype, height: int) -> ContrastPlan:
+    """The frozen plan for reports of ``dtype``, slides in tiles of ``height`` (see :func:`height_of`)."""
     if dtype == torch.float32:
-        width = min(max(32, 1 << (dim - 1).bit_length()), 64)
-        products = Tile(64, 32, height, warps=8, stages=2)
-        sums = Tile(32, width, height, warps=8, stages=2)
+        forward, weights = (Tile(64, 32, slides, warps=8, stages=2) for slides in (_SLIDES[0], height))
+        sums = Tile(32, 64, height, warps=8, stages=2)
     else:
-        width = min(max(64, 1 << (dim - 1).bit_length()), 128)
-        stages = 2 if arch.shared < 120_000 else 3
-        products = Tile(128, 64, height, warps=8, stages=stages)
-        sums = Tile(64, width, height, warps=8, stages=stages)
+        # without wgmma operands lie in registers too: fewer reports at a time keep them from spilling
+        tall, stages = (64, 2) if arch.capability in (80, 120) else (128, 3)
+        # what the forward keeps of each slide takes registers: fewer of them
+        forward = Tile(tall, 64, _SLIDES[0], warps=8, stages=stages)
+        # of 128 registers, which it is given to fit more programs, the small tile would spill on sm_120
+        small = arch.capability == 120 and height == _SLIDES[0]
+        weights = Tile(128 if small else tall, 64, height, warps=8, stages=stages)
+        sums = Tile(32 if arch.capability == 120 else 64, 128, height, warps=8, stages=stages)
     return ContrastPlan(
         # the interpreter misreads bf16: there the parts, which bf16 holds exactly, are fp32 numbers
         torch.float32 if arch.capability == 0 else dtype,
         parts=1 if dtype == torch.float32 else 3,
         precision="tf32x3",
-        dim=-(-dim // width) * width,
         programs=arch.programs,
-        products=products,
+        forward=forward,
+        weights=weights,
         sums=sums,
     )

@@ -31,7 +31,7 @@ from dre_fast.kernels.contrast_kernels import forward_kernel, merge_kernel, slid
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _MERGE = {"MOST": 256, "BLOCK": 16}
-_SLIDES = 1024  # numbers of a slide that one program prepares
+_BLOCK = 1024  # numbers of slides that one program prepares
 
 
 def info_nce_rows(
@@ -117,30 +117,24 @@ def prepare(slides: torch.Tensor, reports: torch.Tensor) -> tuple[torch.Tensor, 
         config.INTERPRETER if INTERPRETED else config.arch_of(torch.cuda.get_device_capability(slides.device))
     )
     B, T = slides.shape
-    plan = contrast_config.plan(arch, reports.dtype, contrast_config.height_of(B), T)
+    plan = contrast_config.plan(arch, reports.dtype, contrast_config.height_of(B))
     if T > 1 and reports.stride(1) != 1:
         reports = reports.contiguous()
     if INTERPRETED:  # the interpreter misreads bf16
         reports = reports.float()
-    padded = plan.padded(B)
-    parts = slides.new_empty((plan.parts, padded, plan.dim), dtype=plan.operand)
-    constants = slides_constants(plan, T)
-    grid = (padded, triton.cdiv(plan.dim, constants["BLOCK"]))
-    slides_kernel[grid](slides.contiguous(), parts, B, padded, **constants)
+    padded, width = plan.padded(B), plan.width(T)
+    parts = slides.new_empty((plan.parts, padded, width), dtype=plan.operand)
+    slides_kernel[(triton.cdiv(padded * width, _BLOCK),)](
+        slides.contiguous(), parts, B, padded, T, width, BLOCK=_BLOCK, PARTS=plan.parts
+    )
     return parts, reports, plan
 
 
-def slides_constants(plan: ContrastPlan, T: int) -> dict[str, Any]:
-    """The constexpr arguments of ``slides_kernel``."""
-    block = min(triton.next_power_of_2(plan.dim), _SLIDES)
-    return {"T": T, "TP": plan.dim, "BLOCK": block, "PARTS": plan.parts}
-
-
-def constants_of(plan: ContrastPlan, tile: Tile, T: int) -> dict[str, Any]:
+def constants_of(plan: ContrastPlan, tile: Tile) -> dict[str, Any]:
     """The constexpr arguments of the kernels that multiply."""
     return {
-        "T": T, "TP": plan.dim, "S": tile.slides, "R": tile.reports, "DT": tile.dim, "PARTS": plan.parts,
-        "PRECISION": plan.precision, "STAGES": tile.stages,
+        "S": tile.slides, "R": tile.reports, "DT": tile.dim, "PARTS": plan.parts, "PRECISION": plan.precision,
+        "STAGES": tile.stages,
     }  # fmt: skip
 
 
@@ -159,14 +153,14 @@ def _forward(
     positives = None if bias is not None else slide_cases.new_empty(B)
     with torch.cuda.device_of(slides):
         parts, reports, plan = prepare(slides, reports)
-        tile, padded, M = plan.products, plan.padded(B), len(reports)
+        tile, padded, M = plan.forward, plan.padded(B), len(reports)
         ranges, height = plan.ranges(M, padded // tile.slides, tile)
         found = slides.new_empty((ranges, 3 if bias is None else 1, padded))
         counts = slides.new_empty((ranges, padded), dtype=torch.int32) if bias is None else None
         # the slides of a range come first: they ask for the same reports
         forward_kernel[(padded // tile.slides, ranges)](
             reports, reports.stride(0), report_cases.contiguous(), parts, slide_cases.contiguous(), scale, bias, found,
-            counts, B, M, padded, height, **constants_of(plan, tile, T), num_warps=tile.warps,
+            counts, B, M, padded, height, T, plan.width(T), **constants_of(plan, tile), num_warps=tile.warps,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(B, _MERGE["BLOCK"]),)](
             found, counts, loss, lse, positives, B, padded, ranges, **_MERGE
@@ -228,15 +222,13 @@ def absent_of(kernel: Any, names: tuple[str, ...]) -> tuple[str, ...]:
 def cases(arch: config.Arch) -> Iterator[Case]:
     """Every kernel of every plan on ``arch``, as the launcher launches them."""
     for dtype, T in SHAPES:
-        for height in HEIGHTS:
-            plan = contrast_config.plan(arch, dtype, height, T)
-            constants = constants_of(plan, plan.products, T)
-            for kind, without in (("InfoNCE", INFO_NCE), ("sigmoid", SIGMOID)):
-                absent = absent_of(forward_kernel, without)
-                yield case_of(
-                    arch, dtype, T, forward_kernel, f"forward {kind}", constants, absent, plan.products, "1"
-                )
-        yield case_of(arch, dtype, T, slides_kernel, "slides", slides_constants(plan, T))
-    merges: tuple[tuple[str, tuple[str, ...]], ...] = (("InfoNCE", ()), ("sigmoid", SIGMOID))
-    for kind, missing in merges:
-        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", {**_MERGE}, missing)
+        plan = contrast_config.plan(arch, dtype, HEIGHTS[0])
+        constants = constants_of(plan, plan.forward)
+        for kind, without in (("InfoNCE", INFO_NCE), ("sigmoid", SIGMOID)):
+            absent = absent_of(forward_kernel, without)
+            yield case_of(
+                arch, dtype, T, forward_kernel, f"forward {kind}", constants, absent, plan.forward, "1"
+            )
+        yield case_of(arch, dtype, T, slides_kernel, "slides", {"BLOCK": _BLOCK, "PARTS": plan.parts})
+    for kind, without in (("InfoNCE", ()), ("sigmoid", SIGMOID)):
+        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", {**_MERGE}, without)

@@ -12,8 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Run-time values: a new number of slides or reports compiles nothing.
-RUN_TIME = ["B", "M", "padded", "height", "pitch", "ranges"]
+# Run-time values: a new number of slides or reports compiles nothing. Of T only whether 16 divides it is looked at.
+RUN_TIME = ["TP", "B", "M", "padded", "height", "pitch", "ranges"]
+
+
+@triton.jit
+def sixteens(n):
+    """A multiple of 16, in a form from which the compiler sees that it is one: it then loads 16 bytes at a time."""
+    return n // 16 * 16
 
 
 @triton.jit
@@ -54,13 +60,14 @@ def add_product(acc, x, ptrs, plane, PARTS: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
-def cosines(reports_ptr, stride, place, inside, parts_ptr, s, padded, T: tl.constexpr, TP: tl.constexpr, S: tl.constexpr,
+def cosines(reports_ptr, stride, place, inside, parts_ptr, s, padded, T, TP, S: tl.constexpr,
             R: tl.constexpr, DT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Products [R, S] of a tile of reports with a tile of slides, over all of T."""
     d = tl.arange(0, DT)
     rows = reports_ptr + place[:, None] * stride + d[None, :]
-    slides = parts_ptr + s.to(tl.int64)[:, None] * TP + d[None, :]
-    plane = tl.cast(padded, tl.int64) * TP
+    wide = sixteens(TP)
+    slides = parts_ptr + s.to(tl.int64)[:, None] * wide + d[None, :]
+    plane = tl.cast(padded, tl.int64) * wide
     acc = tl.zeros((R, S), tl.float32)
     for d0 in tl.range(0, T, DT, num_stages=STAGES):
         x = tl.load(rows + d0, mask=inside[:, None] & (d[None, :] + d0 < T), other=0.0)
@@ -87,18 +94,20 @@ def softplus(x):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def slides_kernel(slides_ptr, parts_ptr, B, padded, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
+def slides_kernel(slides_ptr, parts_ptr, B, padded, T, TP, BLOCK: tl.constexpr,
                   PARTS: tl.constexpr):  # fmt: skip
-    """One slide [T] in parts, with zeros behind: see ``store_parts``."""
-    s = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(slides_ptr + s * T + d, mask=d < tl.where(s < B, T, 0), other=0.0)
-    store_parts(parts_ptr, s * TP + d, tl.cast(padded, tl.int64) * TP, x, d < TP, PARTS)
+    """BLOCK numbers of the slides [B, T] in parts (see ``store_parts``), with zeros where there are none."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(padded, tl.int64) * TP
+    s = at // TP
+    d = at % TP
+    x = tl.load(slides_ptr + s * T + d, mask=(s < B) & (d < T), other=0.0)
+    store_parts(parts_ptr, at, size, x, at < size, PARTS)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases_ptr, scale_ptr, bias_ptr, found_ptr, counts_ptr,
-                   B, M, padded, height, T: tl.constexpr, TP: tl.constexpr, S: tl.constexpr, R: tl.constexpr, DT: tl.constexpr,
+                   B, M, padded, height, T, TP, S: tl.constexpr, R: tl.constexpr, DT: tl.constexpr,
                    PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """A tile of slides against one range of ``height`` reports.
 
@@ -187,7 +196,7 @@ def merge_kernel(found_ptr, counts_ptr, loss_ptr, lse_ptr, positives_ptr, B, pad
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def weights_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases_ptr, scale_ptr, bias_ptr, grad_ptr, lse_ptr,
-                   positives_ptr, weights_ptr, totals_ptr, B, M, padded, pitch, T: tl.constexpr, TP: tl.constexpr,
+                   positives_ptr, weights_ptr, totals_ptr, B, M, padded, pitch, T, TP,
                    S: tl.constexpr, R: tl.constexpr, DT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
     """Gradient w_ij of the logits of a tile of slides and one of reports, in parts: weights [PARTS, padded, pitch].
@@ -216,8 +225,9 @@ def weights_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases
         pulled = 1.0 / (1.0 + tl.exp(-z - tl.load(bias_ptr)))
     grad = tl.load(grad_ptr + s, mask=known, other=0.0)
     w = tl.where(inside[:, None] & known[None, :], grad[None, :] * (pulled - share), 0.0)
-    at = s.to(tl.int64)[:, None] * pitch + place[None, :]
-    store_parts(weights_ptr, at, tl.cast(padded, tl.int64) * pitch, tl.trans(w), None, PARTS)
+    columns = sixteens(pitch)
+    at = s.to(tl.int64)[:, None] * columns + place[None, :]
+    store_parts(weights_ptr, at, tl.cast(padded, tl.int64) * columns, tl.trans(w), None, PARTS)
     totals = totals_ptr + (tile * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(totals, tl.load(totals) + tl.sum(tl.sum(w * cosine, 0), 0))
     if bias_ptr is not None:
@@ -225,7 +235,7 @@ def weights_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def sums_kernel(reports_ptr, stride, weights_ptr, out_ptr, M, padded, height, pitch, T: tl.constexpr, TP: tl.constexpr,
+def sums_kernel(reports_ptr, stride, weights_ptr, out_ptr, M, padded, height, pitch, T, TP,
                 S: tl.constexpr, R: tl.constexpr, DT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
                 STAGES: tl.constexpr):  # fmt: skip
     """Added to out [ranges, padded, TP]: sums of weighted reports over one range of the chunk, DT of T numbers."""
@@ -236,7 +246,7 @@ def sums_kernel(reports_ptr, stride, weights_ptr, out_ptr, M, padded, height, pi
     end = tl.minimum(start + height, M)
     r = tl.arange(0, R)
     step = start * 0 + stride  # int64 before any product
-    columns = pitch // 16 * 16  # a multiple of 16, seen to be one: loads of 16 bytes
+    columns = sixteens(pitch)
     weights = weights_ptr + s.to(tl.int64)[:, None] * columns + (start + r)[None, :]
     plane = tl.cast(padded, tl.int64) * columns
     acc = tl.zeros((DT, S), tl.float32)
@@ -245,20 +255,22 @@ def sums_kernel(reports_ptr, stride, weights_ptr, out_ptr, M, padded, height, pi
         wanted = (place < end)[:, None] & (d[None, :] < T)
         x = tl.load(reports_ptr + place[:, None] * step + d[None, :], mask=wanted, other=0.0)
         acc = add_product(acc, tl.trans(x), weights + done, plane, PARTS, PRECISION)
-    out = out_ptr + (part * padded + s)[:, None] * TP + d[None, :]
+    out = out_ptr + (part * padded + s)[:, None] * sixteens(TP) + d[None, :]
     tl.store(out, tl.load(out) + tl.trans(acc))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def finish_kernel(sums_ptr, scale_ptr, out_ptr, padded, ranges, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
+def finish_kernel(sums_ptr, scale_ptr, out_ptr, out_stride, out_step, B, padded, ranges, T, TP, BLOCK: tl.constexpr,
                   AT_ONCE: tl.constexpr):  # fmt: skip
-    """BLOCK numbers of one slide's gradient: the scale times sums [ranges, padded, TP], added in order."""
-    s = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """BLOCK numbers of the gradient of slides: the scale times sums [ranges, padded, TP], added in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(padded, tl.int64) * TP
+    s = at // TP
+    d = at % TP
+    wanted = (s < B) & (d < T)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, ranges, AT_ONCE):
         part = (first + tl.arange(0, AT_ONCE)).to(tl.int64)
-        there = (part < ranges)[:, None] & (d < T)[None, :]
-        found = tl.load(sums_ptr + (part * padded + s)[:, None] * TP + d[None, :], mask=there, other=0.0)
-        total += tl.sum(found, 0)
-    tl.store(out_ptr + s * T + d, total * tl.load(scale_ptr), mask=d < T)
+        there = (part < ranges)[:, None] & wanted[None, :]
+        total += tl.sum(tl.load(sums_ptr + part[:, None] * size + at[None, :], mask=there, other=0.0), 0)
+    tl.store(out_ptr + s * out_stride + d * out_step, total * tl.load(scale_ptr), mask=wanted)

@@ -1,6 +1,6 @@
 """What every shipped kernel configuration compiles to, without a GPU: `python -m dre_fast.kernels.resources`.
 
-Compiles for each architecture with the attributes the JIT would find (16-byte aligned pointers and row strides) and
+Compiles for each architecture with the attributes the JIT would find (16-byte aligned pointers and row strides, run-time row lengths T alike) and
 reads registers, stack, shared memory and the instructions of interest from the cubin, with the tools triton brings.
 """
 
@@ -76,7 +76,8 @@ def measure(case: Case) -> Usage:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.endswith("stride") and kind != "constexpr" and case.dim % 16 == 0)
+        if kind.startswith("*")
+        or ((name.endswith("stride") or name == "T") and kind != "constexpr" and case.dim % 16 == 0)
     }
     source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.warps}

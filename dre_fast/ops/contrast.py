@@ -1,6 +1,7 @@
-"""Registered operations of the loss against a whole cohort of reports, their autograd, and what runs them.
+"""Registered operations of the loss against a whole cohort of reports, their autograd, and the choice of what runs them.
 
-Formulas and the reference that runs them on every device: :mod:`dre_fast.reference.loss`.
+CUDA tensors run in Triton: fp32 slides against fp32 or bf16 reports. Float64, other dtypes, sizes beyond the kernels'
+and CPU tensors run the reference, which defines the formulas: :mod:`dre_fast.reference.loss`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dre_fast.ops import native
 from dre_fast.ops.once import differentiable_once
 from dre_fast.reference import loss as reference
 
@@ -33,23 +35,56 @@ _lib.define(
     "siglip_rows_backward(Tensor grad, Tensor slides, Tensor reports, Tensor slide_cases,"
     " Tensor report_cases, Tensor scale, Tensor bias, SymInt tile) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.impl(_lib, "info_nce_rows", "CompositeExplicitAutograd")(reference.info_nce_rows)
-torch.library.impl(_lib, "info_nce_rows_backward", "CompositeExplicitAutograd")(
-    reference.info_nce_rows_backward
-)
-torch.library.impl(_lib, "siglip_rows", "CompositeExplicitAutograd")(reference.siglip_rows)
-torch.library.impl(_lib, "siglip_rows_backward", "CompositeExplicitAutograd")(reference.siglip_rows_backward)
 
 
-def backend(name: str, device: torch.device | str = "cpu") -> str:
-    """What runs an operation on a device: the reference, everywhere.
+def backend(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """What runs an operation on slides of a device and dtype: "Triton" (up to its largest T) or "reference".
 
     Raises:
         ValueError: no such operation.
     """
     if name not in NAMES:
         raise ValueError(f"no contrast operation is called {name!r}")
+    if torch.device(device).type == "cuda" and dtype == torch.float32 and native.triton_available():
+        return "Triton"
     return "reference"
+
+
+def _run(name: str, slides: Tensor, reports: Tensor, *arguments: Any) -> Any:
+    """Call an operation; the last argument, the tile, is the reference's alone."""
+    if backend(name, slides.device, slides.dtype) == "Triton":
+        from dre_fast import kernels  # Triton is imported, and needed, only for CUDA tensors
+        from dre_fast.kernels import contrast_config
+
+        if contrast_config.covers(slides, reports):
+            return getattr(kernels, name)(*arguments[:-1])
+    return getattr(reference, name)(*arguments)
+
+
+@torch.library.impl(_lib, "info_nce_rows", "CompositeExplicitAutograd")
+def _info_nce(slides: Tensor, reports: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _run("info_nce_rows", slides, reports, slides, reports, *others)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_lib, "info_nce_rows_backward", "CompositeExplicitAutograd")
+def _info_nce_backward(grad: Tensor, slides: Tensor, reports: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _run(  # type: ignore[no-any-return]
+        "info_nce_rows_backward", slides, reports, grad, slides, reports, *others
+    )
+
+
+@torch.library.impl(_lib, "siglip_rows", "CompositeExplicitAutograd")
+def _siglip(slides: Tensor, reports: Tensor, *others: Any) -> Tensor:
+    return _run("siglip_rows", slides, reports, slides, reports, *others)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_lib, "siglip_rows_backward", "CompositeExplicitAutograd")
+def _siglip_backward(
+    grad: Tensor, slides: Tensor, reports: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(  # type: ignore[no-any-return]
+        "siglip_rows_backward", slides, reports, grad, slides, reports, *others
+    )
 
 
 @torch.library.register_fake("dre_fast::info_nce_rows", lib=_lib)
@@ -147,11 +182,11 @@ def info_nce_rows(
 
     Args:
         slides: [B, T] L2-normalised, fp32 or float64.
-        reports: [M, T] L2-normalised.
+        reports: [M, T] L2-normalised, in the dtype of slides or bf16.
         slide_cases: int64 [B].
         report_cases: int64 [M].
         scale: 0-d, the inverse temperature, in the dtype of slides.
-        tile: reports at a time; by default about a million logits.
+        tile: reports at a time in the reference; by default about a million logits.
     """
     return _InfoNceRows.apply(  # type: ignore[no-any-return]
         slides, reports, slide_cases, report_cases, scale, _tile(slides, tile)
