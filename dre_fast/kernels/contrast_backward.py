@@ -65,16 +65,8 @@ def info_nce_rows_backward(
             f"positives must be int64 [{len(slides)}], not {positives.dtype} {list(positives.shape)}"
         )
     d_slides, totals = _backward(
-        grad,
-        slides,
-        reports,
-        slide_cases,
-        report_cases,
-        scale,
-        None,
-        lse.contiguous(),
-        positives.contiguous(),
-    )
+        grad, slides, reports, slide_cases, report_cases, scale, None, lse.contiguous(), positives.contiguous()
+    )  # fmt: skip
     return d_slides, totals[0]
 
 
@@ -107,7 +99,7 @@ def _backward(
     positives: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the slides, and those of scale and bias, [2]."""
-    check(slides, reports, slide_cases, report_cases, scale, bias, grad, lse)
+    check(slides, reports, slide_cases, report_cases, (scale, bias), (grad, lse))
     B, T = slides.shape
     d_slides = torch.empty_like(slides)
     grad, slide_cases, report_cases = (t.contiguous() for t in (grad, slide_cases, report_cases))
@@ -148,9 +140,7 @@ def cases(arch: config.Arch) -> Iterator[Case]:
                 absent = absent_of(weights_kernel, without)
                 yield case_of(
                     arch, dtype, T, weights_kernel, f"backward weights {kind}", constants, absent, plan.weights, "2"
-                )
+                )  # fmt: skip
             constants = constants_of(plan, plan.sums)
             yield case_of(arch, dtype, T, sums_kernel, "backward sums", constants, (), plan.sums, "2")
-        yield case_of(
-            arch, dtype, T, finish_kernel, "backward finish", {**_FINISH}
-        )
+        yield case_of(arch, dtype, T, finish_kernel, "backward finish", dict(_FINISH))

@@ -81,9 +81,10 @@ def check(
     reports: torch.Tensor,
     slide_cases: torch.Tensor,
     report_cases: torch.Tensor,
-    *others: torch.Tensor | None,
+    numbers: tuple[torch.Tensor | None, ...],
+    vectors: tuple[torch.Tensor | None, ...] = (),
 ) -> None:
-    """Raise ValueError for arguments that the loss does not take; ``others`` are fp32, 0-d or [B]."""
+    """Raise ValueError for arguments that the loss does not take; ``numbers`` are fp32, 0-d, ``vectors`` fp32 [B]."""
     if slides.dim() != 2 or reports.dim() != 2 or slides.shape[1] != reports.shape[1]:
         raise ValueError(
             f"slides must be [B, T] and reports [M, T]; got {list(slides.shape)} and {list(reports.shape)}"
@@ -96,13 +97,15 @@ def check(
     for name, cases, rows in (("slide_cases", slide_cases, slides), ("report_cases", report_cases, reports)):
         if cases.dtype != torch.int64 or cases.shape != rows.shape[:1]:
             raise ValueError(f"{name} must be int64 [{len(rows)}], not {cases.dtype} {list(cases.shape)}")
-    for other in others:
-        if other is not None and (other.dtype != torch.float32 or other.shape not in ((), slides.shape[:1])):
-            raise ValueError(
-                f"scale and bias must be fp32 and 0-d, gradients and logsumexp fp32 [{len(slides)}]; "
-                f"got {other.dtype} {list(other.shape)}"
-            )
-    devices = {t.device for t in (slides, reports, slide_cases, report_cases, *others) if t is not None}
+    for what, given, shape in (
+        ("scale and bias", numbers, torch.Size()),
+        ("gradient and logsumexp", vectors, slides.shape[:1]),
+    ):
+        for one in given:
+            if one is not None and (one.dtype != torch.float32 or one.shape != shape):
+                raise ValueError(f"{what} must be fp32 {list(shape)}, not {one.dtype} {list(one.shape)}")
+    given = (slides, reports, slide_cases, report_cases, *numbers, *vectors)
+    devices = {t.device for t in given if t is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must share a device; got {', '.join(sorted(map(str, devices)))}")
     if slides.device.type != "cuda" and not INTERPRETED:
@@ -120,8 +123,7 @@ def prepare(slides: torch.Tensor, reports: torch.Tensor) -> tuple[torch.Tensor, 
     plan = contrast_config.plan(arch, reports.dtype, contrast_config.height_of(B))
     if T > 1 and reports.stride(1) != 1:
         reports = reports.contiguous()
-    if INTERPRETED:  # the interpreter misreads bf16
-        reports = reports.float()
+    reports = reports.to(plan.operand)  # fp32 for the interpreter, else it is that
     padded, width = plan.padded(B), plan.width(T)
     parts = slides.new_empty((plan.parts, padded, width), dtype=plan.operand)
     slides_kernel[(triton.cdiv(padded * width, _BLOCK),)](
@@ -146,7 +148,7 @@ def _forward(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    check(slides, reports, slide_cases, report_cases, scale, bias)
+    check(slides, reports, slide_cases, report_cases, (scale, bias))
     B, T = slides.shape
     loss = slides.new_empty(B)
     lse = None if bias is not None else slides.new_empty(B)
@@ -211,7 +213,9 @@ def case_of(
     )  # fmt: skip
 
 
-INFO_NCE, SIGMOID = ("bias_ptr",), ("counts_ptr", "lse_ptr", "positives_ptr")
+# Pointers that are absent from the kernels of each loss.
+INFO_NCE: tuple[str, ...] = ("bias_ptr",)
+SIGMOID: tuple[str, ...] = ("counts_ptr", "lse_ptr", "positives_ptr")
 
 
 def absent_of(kernel: Any, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -230,5 +234,6 @@ def cases(arch: config.Arch) -> Iterator[Case]:
                 arch, dtype, T, forward_kernel, f"forward {kind}", constants, absent, plan.forward, "1"
             )
         yield case_of(arch, dtype, T, slides_kernel, "slides", {"BLOCK": _BLOCK, "PARTS": plan.parts})
-    for kind, without in (("InfoNCE", ()), ("sigmoid", SIGMOID)):
-        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", {**_MERGE}, without)
+    for kind, without in (("InfoNCE", INFO_NCE), ("sigmoid", SIGMOID)):
+        absent = absent_of(merge_kernel, without)
+        yield case_of(arch, torch.float32, 0, merge_kernel, f"merge {kind}", dict(_MERGE), absent)

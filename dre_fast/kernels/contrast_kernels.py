@@ -129,22 +129,8 @@ def forward_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases
         place = start + done + tl.arange(0, R)
         inside = place < end
         z = scale * cosines(
-            reports_ptr,
-            stride,
-            place,
-            inside,
-            parts_ptr,
-            s,
-            padded,
-            T,
-            TP,
-            S,
-            R,
-            DT,
-            PARTS,
-            PRECISION,
-            STAGES,
-        )
+            reports_ptr, stride, place, inside, parts_ptr, s, padded, T, TP, S, R, DT, PARTS, PRECISION, STAGES
+        )  # fmt: skip
         cases = tl.load(report_cases_ptr + place, mask=inside, other=0)
         same = inside[:, None] & (cases[:, None] == slide_cases[None, :])
         if bias_ptr is None:
@@ -211,7 +197,7 @@ def weights_kernel(reports_ptr, stride, report_cases_ptr, parts_ptr, slide_cases
     known = s < B
     cosine = cosines(
         reports_ptr, stride, place, inside, parts_ptr, s, padded, T, TP, S, R, DT, PARTS, PRECISION, STAGES
-    )
+    )  # fmt: skip
     z = tl.load(scale_ptr) * cosine
     cases = tl.load(report_cases_ptr + place, mask=inside, other=0)
     slide_cases = tl.load(slide_cases_ptr + s, mask=known, other=0)

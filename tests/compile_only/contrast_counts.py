@@ -1,4 +1,4 @@
-"""Run as a program by test_contrast_counts.py: how many kernels does the loss over many cohorts compile? Without a GPU."""
+"""Run as a program by test_contrast_counts.py: how many kernels do many cohorts compile? Without a GPU."""
 
 from __future__ import annotations
 

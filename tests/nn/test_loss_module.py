@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from dre_fast import SlideReportLoss
+from dre_fast.ops import contrast
 from dre_fast.reference import loss as reference
 from dre_fast.reference.encode import l2_normalize
 
@@ -258,3 +259,22 @@ def test_errors_of_the_cohort() -> None:
             loss(x, x, torch.tensor([4, 9, 6]))
         with pytest.raises(ValueError, match="pass a tensor"):
             loss(x, x, [4, 5, 6])
+
+
+def test_registered_operations() -> None:
+    slides, reports = l2_normalize(torch.randn(3, 8)), l2_normalize(torch.randn(9, 8))
+    given = (slides, reports, torch.tensor([2, 0, 2]), torch.arange(9) // 2, torch.tensor(5.0))
+    loss, lse, positives = torch.ops.dre_fast.info_nce_rows(*given, 4)
+    bias = torch.tensor(-1.0)
+    for name, arguments in (
+        ("info_nce_rows", (*given, 4)),
+        ("info_nce_rows_backward", (loss, *given, lse, positives, 4)),
+        ("siglip_rows", (*given, bias, 4)),
+        ("siglip_rows_backward", (loss, *given, bias, 4)),
+    ):
+        assert name in contrast.NAMES
+        torch.library.opcheck(getattr(torch.ops.dre_fast, name).default, arguments)
+        assert contrast.backend(name, "cpu") == "reference"
+        assert contrast.backend(name, "cuda", torch.float64) == "reference"
+    with pytest.raises(ValueError, match="no contrast operation"):
+        contrast.backend("info_nce")
