@@ -26,6 +26,8 @@ def sanitize() -> None:
     for stored in (torch.int8, torch.float8_e4m3fn) if on_gpu else (torch.int8,):
         _stored_rows(300 if on_gpu else 90, 40, 6, stored, device)
     _others(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        _contrast(40, 700 if on_gpu else 150, 100 if on_gpu else 33, dtype, device)
     bank = filled(3, 100, 32, 8, "int8", device)
     bank.rebuild()
     ids, tiles = torch.tensor([2, 0], device=device), torch.tensor([[1, 5, -1], [0, 99, 7]], device=device)
@@ -94,6 +96,20 @@ def _others(device: str) -> None:
     lengths = torch.tensor([1, 40, 1000], device=device)
     slides, cycle = torch.arange(3, device=device), torch.tensor([0, 3, 9], device=device)
     kernels.bank_tiles(lengths, slides, 4, 16, 4, cycle, 7)
+
+
+def _contrast(count: int, reports: int, dim: int, dtype: torch.dtype, device: str) -> None:
+    """Both losses of slides against all reports, forward and backward."""
+    from dre_fast import kernels
+
+    x = normalize(torch.randn(count, dim, device=device), dim=1)
+    r = normalize(torch.randn(reports, dim, device=device), dim=1).to(dtype)
+    cases = torch.arange(count, device=device), torch.arange(reports, device=device)
+    scale, grad = torch.tensor(10.0, device=device), torch.ones(count, device=device)
+    _, lse, positives = kernels.info_nce_rows(x, r, *cases, scale)
+    kernels.info_nce_rows_backward(grad, x, r, *cases, scale, lse, positives)
+    kernels.siglip_rows(x, r, *cases, scale, -scale)
+    kernels.siglip_rows_backward(grad, x, r, *cases, scale, -scale)
 
 
 def profile() -> None:

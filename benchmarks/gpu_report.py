@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
 
 from benchmarks.table import grid  # noqa: E402
 
-SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "bank", "codebook", "training")
-NEED_CEILINGS = ("encode", "retrieve", "soft", "bank")
+SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "contrast", "bank", "codebook")
+NEED_CEILINGS = ("encode", "retrieve", "soft", "contrast", "bank")
 
 
 def environment() -> dict[str, Any]:

@@ -18,19 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers, peers_soft, retrieval, test_encode, test_soft
+from benchmarks import peers, peers_soft, retrieval, test_contrast, test_encode, test_soft
 from benchmarks.memory import peak_on_gpu
 from benchmarks.registry import (
+    GPU_CONTRAST,
     GPU_ENCODE,
     GPU_RETRIEVAL,
     GPU_SOFT,
+    SMALL_CONTRAST,
     SMALL_ENCODE,
     SMALL_RETRIEVAL,
     SMALL_SOFT,
+    Contrast,
     Encode,
     Retrieval,
     make,
 )
+from dre_fast.ops import contrast as contrast_ops
 from dre_fast.ops import encode as ops
 
 Row = dict[str, Any]
@@ -235,6 +239,50 @@ def _soft(shape: Encode, assignment: str, dry: bool, found: list[Row]) -> list[R
 def _forward(given: test_soft.Inputs) -> Tensor:
     by = given.by
     return ops.soft_encode(given.x, given.codebook, given.cu_seqlens, by.scale, by.weight, by.bias)[0]
+
+
+# ----------------------------------------------------------------------------- loss against all reports
+
+
+def contrast(dry: bool, found: list[Row]) -> Iterator[Row]:
+    """The loss against all reports, forward and backward, against the whole matrix of logits."""
+    return collect(
+        (shape.id, partial(_contrast, shape, dry, found))
+        for shape in (SMALL_CONTRAST if dry else GPU_CONTRAST)
+    )
+
+
+def _contrast(shape: Contrast, dry: bool, found: list[Row]) -> list[Row]:
+    device = device_of(dry)
+    bandwidth, compute = rates(found)
+    given = test_contrast.inputs(shape, device)
+    ours, *others = test_contrast.ways(shape, device)
+    run = partial(test_contrast.step, given, ours)
+    names = [name for name in others if not (dry and "compiled" in name)]
+    return [
+        {
+            "id": shape.id,
+            "what": f"loss against all reports, forward + backward, {shape}",
+            "implementation": contrast_ops.backend("info_nce_rows", device),
+            "ms": time_ms(run, device),
+            "bytes": shape.bytes,
+            "flops": shape.flops,
+            "floor_ms": max(shape.bytes / bandwidth, shape.flops / compute),
+            "peak_mb": peak_mb(run, device),
+            **_compare({name: partial(test_contrast.step, given, name) for name in names}, device),
+        },
+        {
+            "id": shape.id,
+            "what": "loss against all reports, forward alone",
+            "implementation": contrast_ops.backend("info_nce_rows", device),
+            "ms": time_ms(partial(_loss, given), device),
+        },
+    ]
+
+
+@torch.no_grad()
+def _loss(given: test_contrast.Inputs) -> Tensor:
+    return test_contrast.ours(given)
 
 
 # -------------------------------------------------------------------------------------------------- P3

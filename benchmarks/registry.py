@@ -1,6 +1,7 @@
 """The shapes every benchmark and size test uses, by id. Floors and ratios of a figure refer to these.
 
 P1, P2: hard encode forward. P3: encode from the bank. P4: soft encode, forward and backward. P10: the CPU paths.
+all-*: the loss against all reports, forward and backward.
 Bytes are the least a pass must move: each row read once, codes (int64), V and counts written once.
 """
 
@@ -97,6 +98,36 @@ class Retrieval:
         )
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """B slides against M reports of T numbers each, slides in fp32."""
+
+    id: str
+    slides: int
+    reports: int
+    dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"B={self.slides} M={self.reports:,} T={self.dim}, {kind} reports"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes forward and backward must move: reports and their cases twice."""
+        return 2 * self.reports * (self.dim * torch.empty(0, dtype=self.dtype).element_size() + 8)
+
+    @property
+    def flops(self) -> int:
+        """Forward 2 B M T, backward 4 B M T with the logits formed again."""
+        return 6 * self.slides * self.reports * self.dim
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the fp32 B x M logits that dre_fast never forms and its peers do."""
+        return self.slides * self.reports * 4
+
+
 GPU_ENCODE = (
     Encode("P1", 1_000_000, 384, 64, 1, torch.bfloat16),
     Encode("P1-ragged", 1_000_000, 384, 64, 64, torch.bfloat16, ragged=True),
@@ -121,12 +152,19 @@ CPU_SOFT = (
     Encode("P4-cpu-bf16", 16_384, 384, 64, 8, torch.bfloat16),
 )
 CPU_RETRIEVAL = (Retrieval("P3-cpu", 32, 8_192, 64, 4_096, 384, 64),)
+GPU_CONTRAST = (
+    Contrast("all-32", 32, 100_000, 768, torch.float32),
+    Contrast("all-32-bf16", 32, 100_000, 768, torch.bfloat16),
+    Contrast("all-512-bf16", 512, 200_000, 768, torch.bfloat16),
+)
+CPU_CONTRAST = (Contrast("all-cpu", 32, 20_000, 512, torch.float32),)
 # The same road at sizes that take a moment, for `benchmarks/gpu.sh --dry-run` and for tests of the scripts.
 SMALL_ENCODE = (
     Encode("P1-small", 2_000, 64, 16, 1, torch.bfloat16),
     Encode("P2-small", 1_000, 96, 16, 3, torch.bfloat16),
 )
 SMALL_SOFT = (Encode("P4-small", 512, 32, 8, 4, torch.float32),)
+SMALL_CONTRAST = (Contrast("all-small", 4, 300, 32, torch.float32),)
 SMALL_RETRIEVAL = (Retrieval("P3-small", 2, 40, 4, 8, 16, 4),)
 
 # Row counts every kernel is tested at: none, one, less and more than a tile, one short of a tile multiple, 2^16 + 1.

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the loss against all reports: full sizes, memory, graphs, torch.compile, the registered ops."""
+"""What only a GPU shows of the loss against all reports: full sizes, memory, graphs, torch.compile, registered ops."""
 
 from __future__ import annotations
 
