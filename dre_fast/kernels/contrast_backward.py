@@ -109,7 +109,7 @@ def _backward(
         chunk, width = plan.chunk(B, M), plan.width(T)
         stacks = padded // tile.slides
         tiles = width // sums.dim, padded // sums.slides
-        ranges, height = plan.ranges(chunk, tiles[0] * tiles[1], sums)
+        ranges, height = plan.ranges(chunk, tiles[0] * tiles[1], sums, together=2)
         weights = slides.new_empty((plan.parts, padded, chunk), dtype=plan.operand)
         totals = torch.zeros((chunk // tile.reports, stacks, 2), device=slides.device)
         found = torch.zeros((ranges, padded, width), device=slides.device)

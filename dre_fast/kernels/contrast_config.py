@@ -32,7 +32,7 @@ class ContrastPlan:
     """How slides meet reports of one (architecture, dtype of reports, number of slides).
 
     operand: dtype of the products' factors. parts: pieces of it that an fp32 factor is split into. precision: of
-    products of fp32 factors. programs: how many a launch should have at least.
+    products of fp32 factors. programs: multiprocessors; a result depends on it, so it is fixed.
     forward, weights: tiles of the products of slides with reports, in the forward and in the backward.
     sums: tiles of the sums of weighted reports.
     """
@@ -53,9 +53,12 @@ class ContrastPlan:
         """T rounded up to whole tiles."""
         return -(-dim // self.sums.dim) * self.sums.dim
 
-    def ranges(self, reports: int, tiles: int, tile: Tile) -> tuple[int, int]:
-        """(ranges, height): equal ranges of reports for ``tiles`` programs each, of whole tiles, none of them empty."""
-        wanted = min(-(-self.programs // tiles), -(-reports // tile.reports))
+    def ranges(self, reports: int, tiles: int, tile: Tile, together: int) -> tuple[int, int]:
+        """(ranges, height): equal ranges of reports in whole tiles, none of them empty.
+
+        tiles: programs of one range. together: programs that fit a multiprocessor; all of them are to run at once.
+        """
+        wanted = min(max(together * self.programs // tiles, 1), -(-reports // tile.reports))
         height = -(-reports // (wanted * tile.reports)) * tile.reports
         return -(-reports // height), height
 

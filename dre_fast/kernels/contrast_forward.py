@@ -156,7 +156,7 @@ def _forward(
     with torch.cuda.device_of(slides):
         parts, reports, plan = prepare(slides, reports)
         tile, padded, M = plan.forward, plan.padded(B), len(reports)
-        ranges, height = plan.ranges(M, padded // tile.slides, tile)
+        ranges, height = plan.ranges(M, padded // tile.slides, tile, together=1)
         found = slides.new_empty((ranges, 3 if bias is None else 1, padded))
         counts = slides.new_empty((ranges, padded), dtype=torch.int32) if bias is None else None
         # the slides of a range come first: they ask for the same reports
