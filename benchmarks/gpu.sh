@@ -85,12 +85,13 @@ arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 gpu_only build build 65 env "DRE_FAST_CUDA_ARCHS=$arch" "$python" setup.py build_ext --inplace
 section environment report 15 "${report[@]}" environment "${flags[@]}"
 section ceilings report 15 "${report[@]}" ceilings "${flags[@]}"
-section encode report 75 "${report[@]}" encode "${flags[@]}"
-section retrieve report 35 "${report[@]}" retrieve "${flags[@]}"
-section soft report 50 "${report[@]}" soft "${flags[@]}"
+section encode report 65 "${report[@]}" encode "${flags[@]}"
+section retrieve report 30 "${report[@]}" retrieve "${flags[@]}"
+section soft report 45 "${report[@]}" soft "${flags[@]}"
 section contrast report 25 "${report[@]}" contrast "${flags[@]}"
-section bank report 50 "${report[@]}" bank "${flags[@]}"
+section bank report 45 "${report[@]}" bank "${flags[@]}"
 section codebook report 20 "${report[@]}" codebook "${flags[@]}"
+section training report 40 "${report[@]}" training "${flags[@]}"
 # The clocks are left alone, so that these are the launches that were timed; the first calls, which compile, are not watched.
 counters counters report 45 ncu --csv --page raw --log-file "$out/ncu.csv" --clock-control none --profile-from-start off \
   --section SpeedOfLight --section ComputeWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum \
@@ -108,8 +109,8 @@ if [ -n "$dry" ]; then
   section sanitize-case sanitizer 60 "${case_command[@]}"
 fi
 sanitizer &
-gpu_only tests-kernels kernels 140 "${tests[@]}" tests/interpreter &
-gpu_only tests tests 140 "${tests[@]}" tests --ignore=tests/interpreter
+gpu_only tests-kernels kernels 125 "${tests[@]}" tests/interpreter &
+gpu_only tests tests 125 "${tests[@]}" tests --ignore=tests/interpreter
 wait
 
 echo

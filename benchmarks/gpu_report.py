@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.table import grid  # noqa: E402
 
-SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "contrast", "bank", "codebook")
+SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "contrast", "bank", "codebook", "training")
 NEED_CEILINGS = ("encode", "retrieve", "soft", "contrast", "bank")
 
 
