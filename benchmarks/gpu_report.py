@@ -29,7 +29,17 @@ if not torch.cuda.is_available():
 
 from benchmarks.table import grid  # noqa: E402
 
-SECTIONS = ("environment", "ceilings", "encode", "retrieve", "soft", "contrast", "bank", "codebook", "training")
+SECTIONS = (
+    "environment",
+    "ceilings",
+    "encode",
+    "retrieve",
+    "soft",
+    "contrast",
+    "bank",
+    "codebook",
+    "training",
+)
 NEED_CEILINGS = ("encode", "retrieve", "soft", "contrast", "bank")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.model import SlideOutput
 from dre_fast.progress import progress
+from dre_fast.train import checkpoint
 from dre_fast.train import state as on_disk
 from dre_fast.train.augment import read_augmented
 from dre_fast.train.batches import Batch, read_batches, without_tiles
@@ -72,16 +72,16 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.data = RunData(config, self.group)
         self.train, self.val, self.tasks = self.data.own, self.data.val, self.data.tasks
-        checkpoint = self.out / on_disk.CHECKPOINT
-        self._resumed = resume and checkpoint.exists()
+        last = self.out / on_disk.CHECKPOINT
+        self._resumed = resume and last.exists()
         self._prepare_model()
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
         self.best_epoch = -1
-        self._epoch_loss, self._epoch_steps = 0.0, 0
-        self._log_size = 0
-        self._bank_folder: str | None = None
-        self._state = on_disk.load_checkpoint(checkpoint) if self._resumed else None
+        self.epoch_loss, self.epoch_steps = 0.0, 0
+        self.log_size = 0
+        self.bank_folder: str | None = None
+        self._state = on_disk.load_checkpoint(last) if self._resumed else None
         if self._state is not None:
             check_same_data(self._state["data"], self.data.fingerprint, self.out)
         # last, so that a run refused for a fault of its settings leaves no run behind
@@ -141,11 +141,11 @@ class Trainer:
             FloatingPointError: the loss is not finite; names step and slides. The last checkpoint stays as it was.
         """
         if self._state is not None:
-            self._restore(self._state)
+            checkpoint.restore(self, self._state)
             self._state = None
         self.log = self.board = self.pictures = None
         if self.group.first:
-            self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self._log_size)
+            self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self.log_size)
             self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
             self.pictures = Pictures(self.out) if self.config.run.pictures else None
         if self.group.first:
@@ -155,7 +155,7 @@ class Trainer:
             if not self._resumed:
                 self._prefill()
                 self._fit_codebook(warm=False)
-                self._checkpoint()
+                checkpoint.save(self)
             for epoch in range(self.epoch, self.config.optim.epochs):
                 self._run_epoch(epoch)
         finally:
@@ -178,8 +178,8 @@ class Trainer:
         ):
             self.failures.note(batch)
             metrics = self._train_step(batch, epoch)
-            self._epoch_loss += float(metrics["loss"] or 0.0)
-            self._epoch_steps += 1
+            self.epoch_loss += float(metrics["loss"] or 0.0)
+            self.epoch_steps += 1
             self.step += 1
             self.batch += 1
             now = time.perf_counter()
@@ -188,7 +188,7 @@ class Trainer:
                 self._measure_fidelity(epoch)
             started = time.perf_counter()
             if self.step % config.run.checkpoint_every == 0 and self.batch < self.data.steps:
-                self._checkpoint()
+                checkpoint.save(self)
         self._finish_epoch(epoch)
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
@@ -233,7 +233,7 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int) -> None:
         started = time.perf_counter()
-        summary: Scalars = {"epoch": epoch, "train_loss": self._epoch_loss / max(self._epoch_steps, 1)}
+        summary: Scalars = {"epoch": epoch, "train_loss": self.epoch_loss / max(self.epoch_steps, 1)}
         summary.update(self.failures.of_epoch(len(self.data.train)))
         statistics = self.model.bank.statistics(step=self.step)
         summary.update(freshness(statistics, self.group))
@@ -247,7 +247,7 @@ class Trainer:
         elif self.val is None and last:
             self._save_model()
         self.epoch, self.batch = epoch + 1, 0
-        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self.epoch_loss, self.epoch_steps = 0.0, 0
         self._record("epoch", seconds=time.perf_counter() - started, **summary)
         if self.pictures is not None:
             self.pictures.draw(statistics, last=last)
@@ -263,7 +263,7 @@ class Trainer:
             shown.append(f"bank: {cache['hits'] / max(used, 1):.0%} of slides in memory when needed")
         if self.group.first:
             print(f"epoch {epoch + 1}/{self.config.optim.epochs}: {', '.join(shown)}", file=sys.stderr)
-        self._checkpoint()
+        checkpoint.save(self)
 
     # ------------------------------------------------------------------ one step
 
@@ -455,85 +455,3 @@ class Trainer:
         if not self.group.first:
             return
         on_disk.save_model(self.out / on_disk.BEST, self.model.state_dict(), card)
-
-    def _checkpoint(self) -> None:
-        """All processes write their bank, then the first one the checkpoint that names them, which makes them count."""
-        group = self.group
-        if self.log is not None:
-            self.log.sync()
-        folder = group.from_first(
-            on_disk.bank_folder(self.out, self.step, self._bank_folder) if group.first else None
-        )
-        assert folder is not None
-        self.model.bank.save_shard(
-            folder,
-            shard=group.rank,
-            shards=group.world,
-            slides=self.data.numbers,
-            save_id=f"step-{self.step}",
-        )
-        random = group.everyones(self._random_state())  # also waits until all banks are written
-        plans = group.everyones(self.planner.state_dict())
-        if self.log is not None:
-            on_disk.save_checkpoint(
-                self.out / on_disk.CHECKPOINT,
-                {
-                    "model": on_disk.without_bank(self.model.state_dict()),
-                    "bank": folder.name,
-                    "writer": self.writer.state_dict(),
-                    "guard": self.guard.state_dict(),
-                    "plans": plans,
-                    "objective": self.objective.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "random": random,
-                    "step": self.step,
-                    "epoch": self.epoch,
-                    "batch": self.batch,
-                    "failures": self.failures.state_dict(),
-                    "epoch_loss": self._epoch_loss,
-                    "epoch_steps": self._epoch_steps,
-                    "best": self.best,
-                    "best_epoch": self.best_epoch,
-                    "log_size": self.log.size,
-                    "data": self.data.fingerprint,
-                },
-            )
-            on_disk.remove_other_banks(self.out, folder)
-        self._bank_folder = folder.name
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
-        missing = [key for key in missing if not key.startswith("bank.")]
-        if missing or unexpected:
-            raise ValueError(f"{self.out / on_disk.CHECKPOINT}: of another model: {missing + unexpected}")
-        self._bank_folder = state["bank"]
-        self.model.bank.restore_shards(self.out / state["bank"], slides=self.data.numbers)
-        self.writer.load_state_dict(state["writer"])
-        self.guard.load_state_dict(state["guard"])
-        self.planner.load_state_dict(state.get("plans", []))  # runs of before guided sampling have none
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self._epoch_loss, self._epoch_steps = state["epoch_loss"], state["epoch_steps"]
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
-        self._log_size = state["log_size"]
-        self.failures.load_state_dict(state["failures"])
-        self._set_random_state(state["random"])
-
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_random_state(self, states: list[dict[str, Tensor]]) -> None:
-        """Of each process; at another number of processes they are drawn anew."""
-        if len(states) != self.group.world:
-            torch.manual_seed((self.config.run.seed * 1_000_003 + self.step) * 1009 + self.group.rank)
-            return
-        own = states[self.group.rank]
-        torch.set_rng_state(own["cpu"])
-        if "cuda" in own and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda"], self.device)
