@@ -31,6 +31,7 @@ def save(trainer: Trainer) -> None:
     )
     random = group.everyones(_random_state(trainer.device))  # also waits until all banks are written
     plans = group.everyones(trainer.planner.state_dict())
+    failures = [error for part in group.everyones(trainer.failures.state_dict()) for error in part]
     if trainer.log is not None:
         on_disk.save_checkpoint(
             trainer.out / on_disk.CHECKPOINT,
@@ -47,7 +48,7 @@ def save(trainer: Trainer) -> None:
                 "step": trainer.step,
                 "epoch": trainer.epoch,
                 "batch": trainer.batch,
-                "failures": trainer.failures.state_dict(),
+                "failures": failures,
                 "epoch_loss": trainer.epoch_loss,
                 "epoch_steps": trainer.epoch_steps,
                 "best": trainer.best,

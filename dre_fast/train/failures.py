@@ -52,9 +52,9 @@ class Failures:
         return {"skipped_slides": len(errors)}
 
     def state_dict(self) -> list[str]:
-        """The errors of the epoch so far; those of the first process."""
+        """The errors of the epoch so far in this process."""
         return self._epoch
 
     def load_state_dict(self, state: list[str]) -> None:
-        """Take over what :meth:`state_dict` gave, on the first process."""
+        """Take over what :meth:`state_dict` gave in all processes; the first one counts it."""
         self._epoch = list(state) if self.group.first else []
