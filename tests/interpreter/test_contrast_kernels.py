@@ -38,8 +38,7 @@ def test_sizes(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-@pytest.mark.parametrize("dim", [100, 384])
+@pytest.mark.parametrize(("dim", "scale"), [(100, 1.0), (384, 100.0)])
 def test_many_slides_and_reports(
     dim: int, scale: float, kind: str, dtype: torch.dtype, kernel_device: str
 ) -> None:
