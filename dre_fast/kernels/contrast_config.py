@@ -11,7 +11,7 @@ from dre_fast.kernels.config import Arch
 
 MAX_DIM = 4096
 DTYPES = (torch.float32, torch.bfloat16)
-# Entries of the fp32 scratch [slides, reports of a chunk] of the backward: 16 MB, which stays in the L2 cache.
+# Weights [slides, reports of a chunk] in the scratch of the backward: 16 MB in fp32, 24 MB in parts, mostly in the L2 cache.
 _SCRATCH = 1 << 22
 _SLIDES = (32, 64)  # heights of tiles of slides
 
