@@ -4,21 +4,17 @@
 
 Frozen encoder, live tiles only, sampled and full memory and the exact gradient, with 4, 16 and 64 live tiles, and with
 16 the policies against staleness; 3 seeds, each with a cohort, reports and a label-free warm encoder of its own. Judged
-once, on slides that no run trained on. A study goes on where it stopped. Writes runs.jsonl, table.md and study.png.
+once, on slides that no run trained on. A study goes on where it stopped. Writes runs.jsonl, table.md and figure.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.runs import Run, last, mean_and_range, read_outcomes, train_once
-from dre_fast.data.files import write_text_atomic
+from benchmarks.study.runs import Run, last, mean_and_range, study
 from dre_fast.eval.figures import new_figure, save_figure, tidy
-from dre_fast.progress import progress
 
 TILE, MPP, SIZE = 64, 1.0, (1152, 896)
 SLIDES = {"train": 96, "val": 2, "test": 160}
@@ -189,30 +185,5 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
-    parser.add_argument("--only", help="runs whose name begins so")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = args.out / "runs.jsonl"
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        plan = [run for seed in range(args.seeds) for run in runs(seed)]
-        plan = [run for run in plan if run.name.startswith(args.only or "")]
-        for run in progress(plan, "study", unit="run"):
-            train_once(run, base(prepare(work, run.seed)), work, outcomes)
-    found = read_outcomes(outcomes)
-    write_text_atomic(args.out / "table.md", table(found))
-    draw(found, args.out / "study.png")
-    print(table(found))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(study(__doc__ or "", runs, prepare, base, table, draw))

@@ -4,13 +4,11 @@
 
 Frozen encoder, no memory, sampled and full memory, and the exact gradient, over encoder rates from 0.01 to 1 of the
 head's, with the drift guard, at some also without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all
-logs but those of single steps), table.md and auc.png.
+logs but those of single steps), table.md and figure.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.study import digits
-from benchmarks.study.runs import Run, last, mean_and_range, read_outcomes, train_once
-from dre_fast.data.files import write_text_atomic
+from benchmarks.study.runs import Run, last, mean_and_range, study
 from dre_fast.eval.figures import new_figure, save_figure, tidy
 from dre_fast.nn.tile_encoders import build_tile_encoder
-from dre_fast.progress import progress
 from dre_fast.train.pretrain import save_encoder
 
 SLIDES = {"train": 640, "val": 2, "test": 400}
@@ -159,31 +155,5 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
-    parser.add_argument("--only", help="runs whose name begins so")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = args.out / "runs.jsonl"
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        # a run of every seed before the next one: what is there early is there for all seeds
-        plan = [run for several in zip(*(runs(seed) for seed in range(args.seeds))) for run in several]
-        plan = [run for run in plan if run.name.startswith(args.only or "")]
-        for run in progress(plan, "rare witness", unit="run"):
-            train_once(run, base(prepare(work, run.seed)), work, outcomes)
-    found = read_outcomes(outcomes)
-    write_text_atomic(args.out / "table.md", table(found))
-    draw(found, args.out / "auc.png")
-    print(table(found))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(study(__doc__ or "", runs, prepare, base, table, draw))

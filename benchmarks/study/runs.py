@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import forget_peak, highest, why_not
+from dre_fast.data.files import write_text_atomic
+from dre_fast.progress import progress
 from dre_fast.train.config import config_from_dict
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
@@ -67,6 +71,47 @@ def train_once(run: Run, base: Mapping[str, Any], folder: Path, outcomes: Path) 
 def read_outcomes(path: Path) -> list[dict[str, Any]]:
     """All outcomes so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def study(
+    description: str,
+    plan: Callable[[int], list[Run]],
+    prepare: Callable[[Path, int], Path],
+    base: Callable[[Path], Mapping[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+    draw: Callable[[list[dict[str, Any]], Path], None],
+) -> int:
+    """The command line of a study: trains its runs, writes runs.jsonl, table.md and figure.png.
+
+    Args:
+        plan: seed -> its runs.
+        prepare: (folder, seed) -> the seed's data, made when missing.
+        base: data -> the config that all runs share.
+        table: outcomes -> Markdown.
+        draw: (outcomes, file).
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
+    parser.add_argument("--only", default="", help="runs whose name begins so")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes = args.out / "runs.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        # a run of every seed before the next one: what is there early is there for all seeds
+        runs = [run for several in zip(*map(plan, range(args.seeds))) for run in several]
+        chosen = [run for run in runs if run.name.startswith(args.only)]
+        for run in progress(chosen, "study", unit="run"):
+            train_once(run, base(prepare(work, run.seed)), work, outcomes)
+    found = read_outcomes(outcomes)
+    write_text_atomic(args.out / "table.md", table(found))
+    draw(found, args.out / "figure.png")
+    print(table(found))
+    return 0
 
 
 def last(outcome: Mapping[str, Any], key: str) -> float:
