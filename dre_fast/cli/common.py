@@ -33,6 +33,19 @@ def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=_positive, default=256, help="tiles encoded at once")
 
 
+def add_judging(parser: argparse.ArgumentParser) -> None:
+    """How scores are judged."""
+    parser.add_argument(
+        "--level",
+        choices=("slide", "patient"),
+        default="slide",
+        help="patient: average a case's slides first",
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="resamples by case; 0 for no intervals (default: 1000)"
+    )
+
+
 def check_magnifications(folders: Sequence[str], trained: Config) -> None:
     """Refuse other numbers of magnifications than a model was trained on.
 

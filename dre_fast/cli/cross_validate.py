@@ -6,6 +6,8 @@ import argparse
 import re
 import sys
 
+from dre_fast.cli.common import add_judging
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -40,15 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--external", metavar="COHORT.csv", help="judge every fold's model on this cohort as well"
     )
     parser.add_argument("--external-tiles", metavar="DIR", help="its folder of tiles")
-    parser.add_argument(
-        "--level",
-        choices=("slide", "patient"),
-        default="slide",
-        help="patient: average a case's slides first",
-    )
-    parser.add_argument(
-        "--bootstrap", type=int, default=1000, help="resamples by case; 0 for no intervals (default: 1000)"
-    )
+    add_judging(parser)
     parser.add_argument("--resume", action="store_true", help="go on in --out (config from there)")
     parser.set_defaults(run=run)
 

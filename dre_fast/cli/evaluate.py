@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from dre_fast.cli.common import add_judging
+
 if TYPE_CHECKING:
     from dre_fast.data.cohort import Cohort, Task
     from dre_fast.data.embeddings import SlideEmbeddings
@@ -36,15 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "for several "
         "yes/no columns",
     )
-    parser.add_argument(
-        "--level",
-        choices=("slide", "patient"),
-        default="slide",
-        help="patient: average a case's slides first",
-    )
-    parser.add_argument(
-        "--bootstrap", type=int, default=1000, help="resamples; 0 for no intervals (default: 1000)"
-    )
+    add_judging(parser)
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     parser.add_argument(

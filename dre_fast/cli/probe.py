@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dre_fast.cli.common import add_judging
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -27,15 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--split", choices=("train", "val", "test"), help="probe only these slides (default: every slide)"
     )
-    parser.add_argument(
-        "--level",
-        choices=("slide", "patient"),
-        default="slide",
-        help="patient: average a case's slides first",
-    )
-    parser.add_argument(
-        "--bootstrap", type=int, default=1000, help="resamples by case; 0 for no intervals (default: 1000)"
-    )
+    add_judging(parser)
     parser.add_argument("--seed", type=int, default=0, help="of folds and resampling (default: 0)")
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave out slides that have no embedding"

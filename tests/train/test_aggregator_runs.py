@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_odd_cohorts import shrink
-from train_cohort import tiny_config, write_cohort
+from train_cohort import assert_resumes, tiny_config, write_cohort
 
 from dre_fast import DRESLCL, MemoryBank
 from dre_fast.cli import main
@@ -64,25 +64,7 @@ def test_every_aggregator_trains_in_every_mode(ragged: Path, tmp_path: Path, nam
 @pytest.mark.parametrize("name", ["soft", "abmil"])
 def test_a_run_resumes_as_it_was(tiny_cohort: Path, tmp_path: Path, name: str) -> None:
     config = tiny_config(tiny_cohort, f"model.aggregator={name}", "memory.mode=sampled", "memory.retrieved=6")
-    Trainer(config, tmp_path / "a").fit()
-    stopped = Trainer(config, tmp_path / "b")
-    record = stopped._record
-
-    def stop(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 4:
-            raise KeyboardInterrupt
-
-    stopped._record = stop  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    Trainer(config, tmp_path / "b", resume=True).fit()
-
-    def timeless(out: Path) -> list[dict[str, Any]]:
-        rows = read_metrics(out / "metrics.jsonl")
-        return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
-
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert_resumes(config, tmp_path, step=4)
 
 
 def test_learnable_codewords_start_from_the_bank_and_move(tiny_cohort: Path, tmp_path: Path) -> None:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from train_cohort import tiny_config
+from train_cohort import interrupt, timeless, tiny_config
 
 from dre_fast.ops import native
 from dre_fast.train.config import ConfigError
 from dre_fast.train.loop import Trainer
-from dre_fast.train.state import read_metrics
-
-
-def log(out: Path) -> list[str]:
-    clocks = {"seconds", "data_seconds"}
-    rows = read_metrics(out / "metrics.jsonl")
-    return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
 
 @pytest.mark.skipif(bool(native.why_not("host")), reason="needs the compiled host part")
@@ -32,23 +24,12 @@ def test_rows_in_a_file_give_the_same_run_also_when_resumed(
     capsys.readouterr()
     Trainer(tiny_config(tiny_cohort, *common, *there), tmp_path / "file").fit()
     assert "of slides in memory when needed" in capsys.readouterr().err
-    assert log(tmp_path / "file") == log(tmp_path / "memory")
+    assert timeless(tmp_path / "file") == timeless(tmp_path / "memory")
 
-    short = tiny_config(tiny_cohort, *common, *there)
-    stopped = Trainer(short, tmp_path / "stopped")
-    record = stopped._record
-
-    def stop_in_the_second_epoch(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 4:
-            raise KeyboardInterrupt
-
-    stopped._record = stop_in_the_second_epoch  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
+    interrupt(tiny_config(tiny_cohort, *common, *there), tmp_path / "stopped", step=4)
     resumed = tiny_config(tiny_cohort, *common)  # with rows in memory again
     Trainer(resumed, tmp_path / "stopped", resume=True).fit()
-    assert log(tmp_path / "stopped") == log(tmp_path / "memory")
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "memory")
 
 
 @pytest.mark.parametrize(

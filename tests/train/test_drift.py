@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from train_cohort import tiny_config
+from train_cohort import assert_resumes, tiny_config
 
 from dre_fast.train.config import ConfigError
 from dre_fast.train.drift import DriftGuard
@@ -124,25 +123,7 @@ def test_a_fast_encoder_is_held_back_and_more_rows_are_renewed(tiny_cohort: Path
 
 def test_a_guarded_run_resumes_as_it_was(tiny_cohort: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_cohort, *FAST, "optim.encoder_lr_scale=2", "memory.max_refresh=9")
-    Trainer(config, tmp_path / "a").fit()
-    stopped = Trainer(config, tmp_path / "b")
-    record = stopped._record
-
-    def stop(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 5:
-            raise KeyboardInterrupt
-
-    stopped._record = stop  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    Trainer(config, tmp_path / "b", resume=True).fit()
-
-    def timeless(out: Path) -> list[str]:
-        rows = read_metrics(out / "metrics.jsonl")
-        return [json.dumps({k: v for k, v in row.items() if not k.endswith("seconds")}) for row in rows]
-
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert_resumes(config, tmp_path, step=5)
     assert rows_of(tmp_path / "a", "drift")
 
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from train_cohort import tiny_config
+from train_cohort import assert_resumes, timeless, tiny_config
 
 from dre_fast.train.config import ConfigError
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
-
-
-def timeless(out: Path, *left_out: str) -> list[str]:
-    clocks = {"seconds", "data_seconds"}
-    rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] not in left_out]
-    return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
 
 def test_an_exact_run_learns_keeps_its_bank_fresh_and_resumes(tiny_cohort: Path, tmp_path: Path) -> None:
@@ -35,20 +28,7 @@ def test_an_exact_run_learns_keeps_its_bank_fresh_and_resumes(tiny_cohort: Path,
     losses = [row["loss"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if row["kind"] == "step"]
     assert sum(losses[-3:]) < sum(losses[:3])
     assert int(trainer.model.bank.age.min()) > 0  # every tile was encoded in the last epoch
-
-    stopped = Trainer(config, tmp_path / "b")
-    record = stopped._record
-
-    def stop(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 4:
-            raise KeyboardInterrupt
-
-    stopped._record = stop  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    Trainer(config, tmp_path / "b", resume=True).fit()
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert_resumes(config, tmp_path, step=4)
 
 
 def test_all_tiles_live_without_memory_is_exact(tiny_cohort: Path, tmp_path: Path) -> None:

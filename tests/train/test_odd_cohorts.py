@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train_cohort import TILE, tiny_config, write_cohort
+from train_cohort import TILE, assert_resumes, tiny_config, write_cohort
 
 from dre_fast.data.coords import write_coords
 from dre_fast.data.slides import open_slide
@@ -120,22 +120,4 @@ def test_a_cohort_of_one_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_resumes_as_it_was(tiny_cohort: Path, tmp_path: Path, mode: str) -> None:
     config = tiny_config(tiny_cohort, f"memory.mode={mode}", "memory.retrieved=6", "run.probe_every=3")
-    Trainer(config, tmp_path / "a").fit()
-    stopped = Trainer(config, tmp_path / "b")
-    record = stopped._record
-
-    def stop(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 4:
-            raise KeyboardInterrupt
-
-    stopped._record = stop  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    Trainer(config, tmp_path / "b", resume=True).fit()
-
-    def timeless(out: Path) -> list[dict[str, Any]]:
-        rows = read_metrics(out / "metrics.jsonl")
-        return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
-
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert_resumes(config, tmp_path, step=4)

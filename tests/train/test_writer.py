@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from train_cohort import tiny_config
+from train_cohort import assert_resumes, tiny_config
 
 from dre_fast.train.config import ConfigError
 from dre_fast.train.loop import Trainer
@@ -15,12 +14,6 @@ from dre_fast.train.state import read_metrics
 from dre_fast.train.writer import BankWriter
 
 MOVING = ("optim.head_warmup_epochs=0", "data.augment=false", "data.stain=0", "memory.drift_limit=0")
-
-
-def timeless(out: Path) -> list[str]:
-    clocks = {"seconds", "data_seconds"}
-    rows = read_metrics(out / "metrics.jsonl")
-    return [json.dumps({k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
 
 def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_path: Path) -> None:
@@ -97,20 +90,7 @@ def test_a_run_with_both_resumes_as_it_was(tiny_cohort: Path, tmp_path: Path, mo
         "memory.refresh=5",
         "memory.writer_decay=0.9",
     )
-    Trainer(config, tmp_path / "a").fit()
-    stopped = Trainer(config, tmp_path / "b")
-    record = stopped._record
-
-    def stop(kind: str, **fields: object) -> None:
-        record(kind, **fields)
-        if kind == "step" and fields["step"] == 7:
-            raise KeyboardInterrupt
-
-    stopped._record = stop  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    Trainer(config, tmp_path / "b", resume=True).fit()
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert_resumes(config, tmp_path, step=7)
 
 
 def test_a_feature_that_is_not_finite_is_named(tiny_cohort: Path, tmp_path: Path) -> None:

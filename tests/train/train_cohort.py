@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,3 +76,41 @@ def tiny_config(root: Path, *overrides: str) -> Config:
             *overrides,
         ],
     )
+
+
+def timeless(out: Path, *left_out: str) -> list[dict[str, Any]]:
+    """A run's log without what clocks say, and without lines of some kinds."""
+    from dre_fast.train.state import read_metrics
+
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] not in left_out]
+    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+
+
+def interrupt(config: Config, out: Path, step: int) -> None:
+    """A run that Ctrl-C stops after a step."""
+    import pytest
+
+    from dre_fast.train.loop import Trainer
+
+    trainer = Trainer(config, out)
+    record = trainer._record
+
+    def stop(kind: str, **fields: Any) -> None:
+        record(kind, **fields)
+        if kind == "step" and fields["step"] == step:
+            raise KeyboardInterrupt
+
+    trainer._record = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def assert_resumes(config: Config, folder: Path, step: int) -> None:
+    """A run stopped after a step and resumed, ``folder/b``, has the log of one in a piece, ``folder/a``."""
+    from dre_fast.train.loop import Trainer
+
+    if not (folder / "a").exists():
+        Trainer(config, folder / "a").fit()
+    interrupt(config, folder / "b", step)
+    Trainer(config, folder / "b", resume=True).fit()
+    assert timeless(folder / "a") == timeless(folder / "b")
