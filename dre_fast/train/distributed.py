@@ -35,7 +35,8 @@ class Group:
         self.device = device
         self.rank, self.world = 0, 1
         self._ours = False
-        if "RANK" not in os.environ and not dist.is_initialized():
+        started = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not started and not dist.is_initialized():
             return
         if not dist.is_initialized():
             if device.type == "cuda":
