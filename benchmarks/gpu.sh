@@ -99,8 +99,8 @@ counters counters report 45 ncu --csv --page raw --log-file "$out/ncu.csv" --clo
 
 case_command=("${report[@]}" sanitize-case)
 sanitizer() {
-  gpu_only memcheck sanitizer 70 compute-sanitizer --tool memcheck --error-exitcode 1 "${case_command[@]}"
-  gpu_only racecheck sanitizer 70 compute-sanitizer --tool racecheck --error-exitcode 1 "${case_command[@]}"
+  gpu_only memcheck sanitizer 62 compute-sanitizer --tool memcheck --error-exitcode 1 "${case_command[@]}"
+  gpu_only racecheck sanitizer 62 compute-sanitizer --tool racecheck --error-exitcode 1 "${case_command[@]}"
 }
 # The kernels' own tests are those that the interpreter runs elsewhere; compiling for them keeps a core busy.
 tests=("$python" -m pytest -m gpu --durations=10 -p no:cacheprovider)

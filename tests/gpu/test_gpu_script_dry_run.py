@@ -86,8 +86,14 @@ def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
 
 def test_a_failing_section_hides_no_other(tmp_path: Path) -> None:
     broken = tmp_path / "python"
+    # the long sections are left out: the other test goes through them
+    skipped = "|".join(
+        f'*"gpu_report.py {name}"*'
+        for name in ("retrieve", "soft", "contrast", "bank", "training", "sanitize-case")
+    )
     broken.write_text(
-        f'#!/bin/sh\ncase "$*" in *"gpu_report.py ceilings"*) exit 3;; esac\nexec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *"gpu_report.py ceilings"*) exit 3;; {skipped}) exit 0;; esac\n'
+        f'exec "{sys.executable}" "$@"\n'
     )
     broken.chmod(0o755)
     out = tmp_path / "out"
@@ -124,7 +130,7 @@ def test_the_limits_leave_room_in_nine_minutes() -> None:
     for dry_alone in ("tests-collected", "sanitize-case"):
         del limits[dry_alone]
     beside = limits.pop("memcheck") + limits.pop("racecheck"), limits.pop("tests-kernels")
-    assert len(limits) == 11
+    assert len(limits) == 12
     assert max(beside) <= limits["tests"]
     assert sum(limits.values()) < 540
 
