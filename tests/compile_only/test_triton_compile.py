@@ -63,6 +63,11 @@ def test_every_shipped_configuration(capability: int) -> None:
     entries = run_json("-m", "dre_fast.kernels.resources", "--json", "--arch", str(capability))
     assert len(entries) > 20
     check_resources(entries)
+    loss = [entry for entry in entries if "contrast" in entry["name"]]
+    assert len(loss) == 42
+    products = [entry for entry in loss if any(f"K={n} " in entry["name"] for n in (32, 64))]
+    assert len(products) == 32
+    assert all(entry["matrix"] for entry in products)
 
 
 def test_a_thousand_lengths_compile_nothing_new() -> None:
