@@ -115,9 +115,8 @@ class MemoryConfig:
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)
     grad_scale: str | float = "none"  # none | unbiased | a number
     refresh: int = 0  # rows a step encoded again without gradient, the oldest of the step's slides first
-    drift_limit: float = (
-        1.0  # most that features move in a refresh cycle (1: as far as to their codewords); 0: any
-    )
+    # most that features move in a refresh cycle (1: as far as to their codewords); 0: any
+    drift_limit: float = 2.0
     drift_every: int = 10  # steps between two looks of the drift guard
     drift_tiles: int = 256  # tiles it looks at
     max_refresh: int = 0  # > refresh: when features move too fast, up to so many rows a step are renewed
