@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dre_fast.codebook import row_chunks
 from dre_fast.nn.encoding import ResidualEncoding
 from dre_fast.nn.slide_encoder import SlideEncoder
+from dre_fast.reference.encode import squared_distances
 
 
 class RowAggregator(nn.Module):
@@ -75,8 +77,16 @@ class RowAggregator(nn.Module):
             raise ValueError(f"{type(self).__name__}: built without report_dim")
         return self.projection(embedding)  # type: ignore[no-any-return]
 
-    def start_from(self, bank: Any) -> None:
-        """Before training: take over what the rows of a :class:`~dre_fast.MemoryBank` tell. Nothing, by default."""
+    def measure(self, bank: Any) -> Any:
+        """What :meth:`start_from` needs of the rows of a :class:`~dre_fast.MemoryBank`. Nothing, by default."""
+
+    def start_from(self, codebook: Tensor, measured: Sequence[Any]) -> None:
+        """Before training: take over what banks tell. Nothing, by default.
+
+        Args:
+            codebook: fp32 [K, D], that of the banks.
+            measured: what :meth:`measure` found, one of each bank: those of several processes, in the same order.
+        """
 
 
 class _Pool(RowAggregator):
@@ -165,7 +175,8 @@ class TransMIL(RowAggregator):
 
     The rows of a slide, in the order given, fill the smallest square that holds them; its empty places repeat the first
     rows. Depthwise convolutions of 7, 5 and 3 over the square are added to the tokens. Attention is exact
-    (``scaled_dot_product_attention``) where TransMIL approximates it by Nystrom's method. Slides are gone through one by
+    (``scaled_dot_product_attention``) where TransMIL approximates it by Nystrom's method; memory grows with N as long as
+    that has a fused form, which it has not on a CPU with dropout. Slides are gone through one by
     one, so that padding does not move a tile.
 
     Source: after Shao et al. 2021, TransMIL (class token, squaring, pyramid position encoding).
@@ -244,9 +255,28 @@ class SoftResiduals(RowAggregator):
             V = self.encoding(rows.float(), mask=mask)
         return self.residuals(V)  # type: ignore[no-any-return]
 
-    def start_from(self, bank: Any) -> None:
-        """Codewords from the bank's codebook, scales from its rows."""
-        self.encoding.fit(bank, warm_start=bank.codebook, iterations=0)
+    @torch.no_grad()
+    def measure(self, bank: Any) -> tuple[float, int]:
+        """Sum over the bank's rows of d2^2 - d1^2, d1 and d2 the distances to the nearest codewords; number of rows."""
+        codebook, gaps, rows = bank.codebook, 0.0, 0
+        if len(codebook) < 2:
+            return gaps, rows
+        middle = codebook.mean(dim=0)  # far from the origin the distances lose digits
+        for chunk in row_chunks(bank):
+            nearest = (
+                squared_distances(chunk - middle, codebook - middle).topk(2, dim=1, largest=False).values
+            )
+            gaps += float((nearest[:, 1] - nearest[:, 0]).double().sum())
+            rows += len(chunk)
+        return gaps, rows
+
+    @torch.no_grad()
+    def start_from(self, codebook: Tensor, measured: Sequence[tuple[float, int]]) -> None:
+        """Codewords as given, all scales ln(100) / mean(d2^2 - d1^2) over the rows of all banks."""
+        gaps, rows = (sum(part) for part in zip(*measured))
+        self.encoding.codebook.copy_(codebook)
+        assert self.encoding.log_scale is not None
+        self.encoding.log_scale.fill_(math.log(math.log(100.0) * rows / gaps) if gaps > 0 else 0.0)
 
 
 AGGREGATORS: dict[str, type[RowAggregator]] = {

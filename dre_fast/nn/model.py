@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -219,12 +220,19 @@ class DRESLCL(nn.Module):
             :class:`SlideOutput` of the B slides, with ``live`` None.
 
         Raises:
-            ValueError: as :func:`dre_fast.residual_encode` does: wrong shapes or offsets, no codebook, NaN or Inf in
-                a row (bag and row named).
+            ValueError: as :func:`dre_fast.residual_encode` does: wrong shapes or offsets, no codebook (an aggregator
+                of rows needs none), NaN or Inf in a row (bag and row named).
         """
         rows = l2_normalize(features.float())
         if isinstance(self.slide_encoder, RowAggregator):
-            return self.represent_rows(*padded(rows, cu_seqlens))
+            together, mask = padded(rows, cu_seqlens)
+            bad = ~torch.isfinite(together).all(2)
+            if bad.any():
+                bag, row = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"encode_bags: row {row} of bag {bag} holds NaN or Inf ({int(bad.sum())} such rows in all)"
+                )
+            return self.represent_rows(together, mask)
         return self.represent(residual_encode(rows, self.codebook, cu_seqlens=cu_seqlens))
 
 
@@ -233,10 +241,19 @@ def padded(rows: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tens
 
     Args:
         cu_seqlens: int32 or int64 [B+1] row offsets; None means one bag.
+
+    Raises:
+        ValueError: rows that are not [N, D], or offsets that do not ascend from 0 to N.
     """
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be [N, D], got {list(rows.shape)}")
     if cu_seqlens is None:
         return rows[None], torch.ones(1, len(rows), dtype=torch.bool, device=rows.device)
-    bags = rows.tensor_split(cu_seqlens[1:-1].cpu().long())
+    offsets = cu_seqlens.tolist()
+    if cu_seqlens.ndim != 1 or offsets[:1] != [0] or offsets[-1] != len(rows) or offsets != sorted(offsets):
+        shown = ", ".join(map(str, offsets[:8])) + (", ..." if len(offsets) > 8 else "")
+        raise ValueError(f"cu_seqlens must ascend from 0 to the number of rows, {len(rows)}; got [{shown}]")
+    bags = rows.split([end - start for start, end in pairwise(offsets)])
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(rows.device)
     together = nn.utils.rnn.pad_sequence(list(bags), batch_first=True)
     return together, torch.arange(together.shape[1], device=rows.device) < lengths[:, None]

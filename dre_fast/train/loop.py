@@ -409,8 +409,9 @@ class Trainer:
             seed=config.run.seed,
         )
         self.model.bank.set_codebook(codebook)
-        if isinstance(self.model.slide_encoder, RowAggregator) and not warm:
-            self.model.slide_encoder.start_from(self.model.bank)
+        aggregator = self.model.slide_encoder
+        if isinstance(aggregator, RowAggregator) and not warm:
+            aggregator.start_from(codebook, self.group.everyones(aggregator.measure(self.model.bank)))
         self._record(
             "codebook",
             epoch=self.epoch,

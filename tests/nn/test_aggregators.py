@@ -130,14 +130,38 @@ def test_soft_residuals_start_from_the_bank() -> None:
     bank.set_codebook(fit_codebook(bank, K)[0])
     soft = made("soft")
     assert isinstance(soft, SoftResiduals)
-    soft.start_from(bank)
+    soft.start_from(bank.codebook, [soft.measure(bank)])
     torch.testing.assert_close(soft.encoding.codebook.detach(), bank.codebook)
     assert soft.encoding.scale is not None
     squared = torch.cdist(rows, bank.codebook).square().sort(1).values
     gap = (squared[:, 1] - squared[:, 0]).mean()
-    assert float(soft.encoding.scale.mean()) * float(gap) == pytest.approx(
+    assert float(soft.encoding.scale.detach().mean()) * float(gap) == pytest.approx(
         torch.tensor(100.0).log().item(), rel=1e-3
     )
+
+
+def test_banks_of_several_processes_start_soft_residuals_as_one_does() -> None:
+    rows = nn.functional.normalize(torch.randn(60, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    codebook = fit_codebook(rows, K)[0]
+
+    def bank_of(own: Tensor) -> MemoryBank:
+        bank = MemoryBank([len(own)] if len(own) else [], D, codebook=codebook, dtype="float32")
+        if len(own):
+            bank.write(torch.zeros(len(own), dtype=torch.int64), torch.arange(len(own)), own, step=0)
+        return bank
+
+    whole, shared = made("soft"), made("soft")
+    whole.start_from(codebook, [whole.measure(bank_of(rows))])
+    # one with fewer rows than codewords, and one of a process that has no slide
+    parts = [shared.measure(bank_of(own)) for own in rows.split([57, 3, 0])]
+    shared.start_from(codebook, parts)
+    assert parts[2] == (0.0, 0)
+    assert isinstance(whole, SoftResiduals)
+    assert isinstance(shared, SoftResiduals)
+    assert whole.encoding.log_scale is not None
+    assert float(whole.encoding.log_scale.detach()[0]) > 1
+    torch.testing.assert_close(shared.encoding.log_scale, whole.encoding.log_scale, rtol=1e-6, atol=0)
+    assert shared.encoding.codebook.equal(whole.encoding.codebook)
 
 
 # ---------------------------------------------------------------- with a bank, in the model
@@ -244,6 +268,19 @@ def test_padding_of_ragged_rows() -> None:
     assert mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
     assert together[mask].equal(rows)
     assert padded(rows)[0].equal(rows[None])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bags_that_cannot_be_right_are_refused_at_inference(name: str) -> None:
+    model, rows = model_of(name, "full", images_of(4)), torch.randn(5, D)
+    for wrong in ([0, 3], [1, 5], [0, 4, 2, 5], []):
+        with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to the number of rows, 5"):
+            model.encode_bags(rows, torch.tensor(wrong, dtype=torch.int64))
+    rows[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"row 1 of bag 1 holds NaN or Inf \(1 such rows in all\)"):
+        model.encode_bags(rows, torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match="rows must be"):
+        model.encode_bags(rows[None])
 
 
 def test_a_slide_encoder_of_residuals_is_as_before() -> None:
