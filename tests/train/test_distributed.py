@@ -97,6 +97,7 @@ MODES = {
     "full": ["memory.mode=full", "loss.negatives=all"],
     "sampled": ["memory.mode=sampled", "memory.writer_decay=0.5", "loss.contrastive=siglip"],
     "exact": ["memory.mode=exact", "memory.refresh=0", "run.encode_chunk=11"],
+    "soft": ["model.aggregator=soft", "memory.mode=full"],
 }
 # several runs in one job: most of its time is that of starting
 JOB = """
