@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ def soak(hours: float, out: Path, every: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "dre_fast.cli", "train", "--config", str(config)]
         with open(folder / "output.txt", "w") as output:
             process = subprocess.Popen(
-                [*command, "--out", str(folder / "run")], stdout=output, stderr=subprocess.STDOUT
+                [*command, "--out", str(folder / "run")],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # in a job in the background Ctrl-C is ignored, and processes inherit that
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
             )
             rows = _watch(process, folder, hours, every)
             alive = process.poll() is None
