@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset
 
 from dre_fast.data.subset import Reader
@@ -62,6 +63,7 @@ class ReadAhead:
 
     def __iter__(self) -> Iterator[Any]:
         made = iter(self._loader)
+        _without_signals(made)
         for position in range(len(self._loader)):
             started = time.perf_counter()
             alarm = threading.Timer(self.slow, self._warn, (position,))
@@ -86,6 +88,17 @@ class ReadAhead:
             f"waiting for tiles of {self.names(position)} for more than {self.slow:g} s (data.slow_seconds)",
             stacklevel=2,
         )
+
+
+def _without_signals(made: Any) -> None:
+    """Let the death of a worker be seen where its item is waited for, within five seconds, and nowhere else.
+
+    torch's own handler of SIGCHLD raises wherever the main thread happens to be: in the midst of a step or of writing a
+    checkpoint, or when the error was dealt with long ago. It has no public switch.
+    """
+    if getattr(made, "_worker_pids_set", False):
+        _remove_worker_pids(id(made))
+        made._worker_pids_set = False
 
 
 class _Jobs(Dataset["Tensor | ValueError"]):

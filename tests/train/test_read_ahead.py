@@ -83,6 +83,21 @@ def test_a_process_that_is_killed_gives_one_sentence() -> None:
     assert found.value.__cause__ is None
 
 
+def test_a_process_that_is_killed_stops_nothing_but_the_wait_for_its_tiles() -> None:
+    """torch's handler of SIGCHLD would raise here, in the midst of somebody's step."""
+    ahead = iter(
+        read_jobs(
+            Reader(deadly=2), chunks_of([5, 0, 3, 4], 2), [f"s{i}" for i in range(4)], workers=1, slow=60
+        )
+    )
+    next(ahead)
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:  # the process dies meanwhile
+        sum(range(1000))
+    with pytest.raises(OSError, match="a process that reads tiles died"):
+        list(ahead)
+
+
 def rows(out: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == kind]
 
@@ -132,6 +147,7 @@ def test_slides_that_cannot_be_read_are_left_out(damaged: Path, tmp_path: Path, 
         "memory.refresh=3",
         "optim.batch_size=1",
         "optim.epochs=2",
+        "run.probe_every=1",
     )
     trainer = Trainer(config, out)
     with warnings.catch_warnings(record=True) as said:
@@ -143,6 +159,13 @@ def test_slides_that_cannot_be_read_are_left_out(damaged: Path, tmp_path: Path, 
     assert any(w.startswith("left out:") and "s8" in w for w in words)
     assert [row["skipped_slides"] for row in rows(out, "epoch")] == [1, 1]
     assert [row["loss"] is None for row in rows(out, "step")].count(True) == 2  # alone in its step
+    for epoch in rows(out, "epoch"):
+        losses = [row["loss"] for row in rows(out, "step") if row["epoch"] == epoch["epoch"]]
+        assert epoch["train_loss"] == pytest.approx(sum(filter(None, losses)) / 5)
+    probed = rows(out, "fidelity")
+    assert {row["slide"] for row in probed if row["embedding"] is None} == {"s1"}
+    assert len(probed) == 12
+    assert sum(w.startswith("fidelity not measured: slide s1") for w in words) == 2
     assert not trainer.model.bank.written(1).any()
     assert trainer.model.bank.written(0).all()
     with warnings.catch_warnings():
