@@ -179,9 +179,9 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("live tiles a slide")
         axes.set_ylabel("test AUC")
         axes.set_title(task)
-        axes.legend(fontsize=8)
         tidy(axes)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8)
     save_figure(figure, path)
 
 

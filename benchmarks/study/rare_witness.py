@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import digits
+from benchmarks.study import shapes
 from benchmarks.study.runs import Run, last, mean_and_range, study
 from dre_fast.eval.figures import new_figure, save_figure, tidy
 from dre_fast.nn.tile_encoders import build_tile_encoder
 from dre_fast.train.pretrain import save_encoder
 
-SLIDES = {"train": 640, "val": 2, "test": 400}
+SLIDES = {"train": 1280, "val": 2, "test": 400}
 WITNESSES = 3  # of 256 tiles
 EPOCHS = 16
 ENCODER: dict[str, Any] = {"dim": 32, "width": 16}
@@ -43,16 +43,16 @@ def base(data: Path) -> dict[str, Any]:
             "encoder_args": ENCODER,
             "encoder_weights": str(data / "encoder.safetensors"),
             "codewords": 16,
-            "width": 64,
+            "width": 16,  # wider heads learn the slides by heart
             "depth": 1,
             "dropout": 0.2,
         },
-        "memory": {"live": 16, "retrieved": 128, "kmeans_iterations": 5},
+        "memory": {"live": 16, "retrieved": 192, "kmeans_iterations": 5},
         "loss": {"contrastive": None, "tasks": [{"name": "witness", "kind": "binary"}]},
         "optim": {
             "epochs": EPOCHS,
             "batch_size": 8,
-            "lr": 1e-3,
+            "lr": 2e-3,
             "head_warmup_epochs": 2,
             "weight_decay": 0.05,
         },
@@ -76,10 +76,9 @@ def runs(seed: int) -> list[Run]:
         for mode in ("full", "sampled"):
             settings = {"memory.mode": mode, "optim.encoder_lr_scale": rate}
             found.append(Run(f"{mode} {rate:g}", seed, settings))
-    for rate in (1.0, 0.1):
-        for mode in ("full", "sampled"):
-            settings = {"memory.mode": mode, "optim.encoder_lr_scale": rate, "memory.drift_limit": 0}
-            found.append(Run(f"{mode} {rate:g} unguarded", seed, settings))
+    for mode in ("full", "sampled"):
+        settings = {"memory.mode": mode, "optim.encoder_lr_scale": 1.0, "memory.drift_limit": 0}
+        found.append(Run(f"{mode} 1 unguarded", seed, settings))
     return [*found, Run("exact default", seed, {"memory.mode": "exact"})]
 
 
@@ -87,10 +86,10 @@ def prepare(folder: Path, seed: int) -> Path:
     """The slides of a seed and the encoder that all its runs start from."""
     data = folder / f"data-{seed}"
     if not (data / "encoder.safetensors").exists():
-        digits.make_cohort(data, SLIDES, WITNESSES, seed)
+        shapes.make_cohort(data, SLIDES, WITNESSES, seed)
         torch.manual_seed(seed)
         encoder = build_tile_encoder("conv-tiny", **ENCODER)
-        digits.pretrain(encoder, 300, seed)
+        shapes.pretrain(encoder, 300, seed)
         save_encoder(encoder, data / "encoder.safetensors")
     return data
 
@@ -149,9 +148,9 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel("test AUC")
         axes.set_ylim(0.4, 1.0)
         axes.set_title(f"memory: {mode}")
-        axes.legend(fontsize=8)
         tidy(axes)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8)
     save_figure(figure, path)
 
 

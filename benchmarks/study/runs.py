@@ -94,7 +94,8 @@ def study(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="slides that no setting was tried on")
     parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
     parser.add_argument("--only", default="", help="runs whose name begins so")
     args = parser.parse_args()
@@ -102,8 +103,9 @@ def study(
     outcomes = args.out / "runs.jsonl"
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
         # a run of every seed before the next one: what is there early is there for all seeds
-        runs = [run for several in zip(*map(plan, range(args.seeds))) for run in several]
+        runs = [run for several in zip(*map(plan, seeds)) for run in several]
         chosen = [run for run in runs if run.name.startswith(args.only)]
         for run in progress(chosen, "study", unit="run"):
             train_once(run, base(prepare(work, run.seed)), work, outcomes)
