@@ -10,6 +10,7 @@ from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.encoding import ResidualEncoding, residual_encode
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
+from dre_fast.nn.residual_mil import ResidualMIL
 from dre_fast.nn.slide_encoder import SlideEncoder
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "DRESLCL",
     "MemoryBank",
     "ResidualEncoding",
+    "ResidualMIL",
     "SlideEncoder",
     "SlideOutput",
     "SlideReportLoss",
