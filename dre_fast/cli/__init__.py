@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 COMMANDS = (
-    *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap"),
+    *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap", "codewords"),
     *("cross_validate", "compare", "probe", "info"),
 )
 
@@ -42,19 +42,29 @@ def _show_warning(
     print(f"note: {source}{message}", file=sys.stderr)
 
 
+def _like_setting(words: Sequence[str]) -> bool:
+    return any(word.startswith("--") and "." in word.partition("=")[0] for word in words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0; 2 for a fault of the user's input (printed as one line); 130 after Ctrl-C."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes the section.key=value of `train` from one place only; people write them around the options
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings are written without dashes: section.key=value" if _like_setting(rest) else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         args.overrides += rest
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return int(args.run(args))
+            code = int(args.run(args))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # `dre-fast evaluate ... | head`: who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the flush at exit complain
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

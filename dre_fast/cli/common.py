@@ -30,7 +30,7 @@ def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
         help="leave out slides without tiles, e.g. those that `dre-fast tile --skip-bad` skipped",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--chunk", type=_positive, default=256, help="tiles encoded at once")
+    parser.add_argument("--chunk", type=positive, default=256, help="tiles encoded at once")
 
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def check_magnifications(folders: Sequence[str], trained: Config) -> None:
         )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)

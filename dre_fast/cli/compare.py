@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         cohort = Cohort.read(args.cohort, require_path=False, missing_values=[*MISSING, *args.missing])
         if args.split is None and cohort.splits.get("train"):
             print(
-                "note: slides of the train split are judged, too; judge others with --split", file=sys.stderr
+                "note: slides of the train split are judged, too; judge others with --split, unless they were "
+                "predicted out of fold",
+                file=sys.stderr,
             )
         if len(judged) > 1:
             grids["paired"] = paired_grid(

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         skip_untiled=args.skip_untiled,
     )
+    loaded.check_tiles(slides)
 
     def autocast() -> contextlib.AbstractContextManager:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)

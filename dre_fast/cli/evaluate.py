@@ -57,7 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="VALUE",
         help="label cells that mean 'unknown', besides empty ones and NA; e.g. NS in cBioPortal tables",
     )
-    parser.add_argument("--out", help="folder for metrics.csv, metrics.md and metrics.json")
+    parser.add_argument(
+        "--out",
+        help="folder for metrics.csv, metrics.md and metrics.json, calibration.csv and calibration.png",
+    )
     parser.set_defaults(run=run)
 
 
@@ -97,11 +100,23 @@ def run(args: argparse.Namespace) -> int:
     trained = sum(record.split == "train" and record.slide_id in predicted for record in cohort.records)
     if args.split is None and trained:
         print(
-            f"note: {trained} of these slides are in the train split; judge others with --split",
+            f"note: {trained} of these slides are in the train split; judge others with --split, unless "
+            "they were predicted out of fold",
             file=sys.stderr,
         )
     if args.out:
-        for file in write_tables(rows, Path(args.out) / "metrics"):
+        from dre_fast.eval.calibration import calibrate, write_calibration
+
+        found = calibrate(
+            embeddings,
+            cohort,
+            split=args.split,
+            tasks=names,
+            level=args.level,
+            allow_missing=args.allow_missing,
+        )
+        files = write_tables(rows, Path(args.out) / "metrics")
+        for file in [*files, *(write_calibration(found, args.out) if found else [])]:
             print(file)
     return 0
 

@@ -24,6 +24,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--class", dest="target", help="class or column of the map (default: the predicted one)"
     )
+    parser.add_argument(
+        "--geojson",
+        action="store_true",
+        help="also ID.geojson, which QuPath opens: codewords and contributions",
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,9 +53,18 @@ def run(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         skip_untiled=args.skip_untiled,
     )
+    loaded.check_tiles(slides)
     for i in progress(range(len(slides)), "heatmap", unit="slide"):
-        for file in draw_slide(
-            loaded, slides, i, args.out, task=args.task, target=args.target, chunk=args.chunk
-        ):
+        files = draw_slide(
+            loaded,
+            slides,
+            i,
+            args.out,
+            task=args.task,
+            target=args.target,
+            chunk=args.chunk,
+            geojson=args.geojson,
+        )
+        for file in files:
             print(file)
     return 0

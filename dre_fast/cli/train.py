@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Train DRE-SLCL on a tiled cohort. Settings come from defaults, then --config, then overrides.",
         epilog=(
             "example:\n"
-            "  dre-fast train --out runs/a data.cohort=cohort.csv data.tiles=tiles data.reports=reports.safetensors\\\n"
+            "  dre-fast train --out runs/a data.cohort=cohort.csv data.tiles=tiles data.reports=reports.safetensors \\\n"
             "      'loss.tasks=[{name: subtype}, {name: genes, kind: multilabel, columns: [EGFR, TP53]}]'\n"
             "  dre-fast train --out runs/a --resume          # after a kill or a crash; the config is the run's own\n"
             "All settings with their defaults: dre-fast train --print-config"
@@ -38,8 +38,11 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.train.config import ConfigError, load_config
 
     source = args.config
-    if args.resume and args.out and source is None and (Path(args.out) / "config.yaml").exists():
-        source = Path(args.out) / "config.yaml"
+    if args.resume and args.out and source is None:
+        if (Path(args.out) / "config.yaml").exists():
+            source = Path(args.out) / "config.yaml"
+        elif not args.overrides:
+            raise ConfigError(f"--resume: {args.out} holds no run (config.yaml)")
     config = load_config(source, args.overrides)
     if args.print_config:
         import dataclasses

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dre_fast.eval.compare import Log, Run, scores_first
-from dre_fast.eval.figures import INK, MUTED, PALETTE, save_figure, tidy
+from dre_fast.eval.figures import INK, MUTED, PALETTE, label_x, save_figure, tidy
 from dre_fast.eval.plots import panels_of, series, smoothed
 from dre_fast.eval.report import Figure
 
@@ -74,10 +74,18 @@ def _validation(runs: Sequence[Run]) -> list[Panel]:
     keys = scores_first(_keys(runs, "epoch", "val_"))
     return [
         _by_epoch(
-            runs, key, key.removeprefix("val_").replace("_", " "), 0.5 if key.startswith("val_auc_") else None
+            runs, key, _validation_title(key), 0.5 if key.startswith(("val_auc_", "val_c_index_")) else None
         )
         for key in keys
     ]
+
+
+def _validation_title(key: str) -> str:
+    """The name of a task stands as it is: it may hold an underscore."""
+    for start, shown in (("val_auc_", "AUC"), ("val_c_index_", "c-index"), ("val_loss_", "loss")):
+        if key.startswith(start):
+            return f"{shown}: {key.removeprefix(start)}"
+    return key.removeprefix("val_")
 
 
 def _memory(runs: Sequence[Run]) -> list[Panel]:
@@ -187,7 +195,7 @@ def _draw(path: Path, panels: Sequence[Panel], names: Sequence[str]) -> Path:
         if panel.level is not None:
             axis.axhline(panel.level, color=MUTED, linewidth=0.8, linestyle=":")
         axis.set_title(panel.title, fontsize=9, color=INK, loc="left")
-        axis.set_xlabel(panel.x, fontsize=8, color=MUTED)
+        label_x(axis, panel.x)
         tidy(axis)
     from matplotlib.lines import Line2D
 

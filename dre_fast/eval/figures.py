@@ -48,3 +48,12 @@ def tidy(axes: object) -> None:
     for side in ("left", "bottom"):
         axes.spines[side].set_color(MUTED)  # type: ignore[attr-defined]
     axes.tick_params(which="both", colors=MUTED, labelsize=8)  # type: ignore[attr-defined]
+
+
+def label_x(axes: object, what: str) -> None:
+    """Name the horizontal axis; epochs and steps have whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(what, fontsize=8, color=MUTED)  # type: ignore[attr-defined]
+    if what in ("epoch", "step"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +91,8 @@ def score_grid(scores: Sequence[FoldScore], joint: str) -> Grid:
 def pool_predictions(parts: Sequence[SlideEmbeddings]) -> SlideEmbeddings:
     """The predictions of several models for different slides, one after the other.
 
+    A hazard head whose intervals differ from model to model has none in the result: its logits are not of one time.
+
     Raises:
         ValueError: the models have different tasks, or two of them the same slide.
     """
@@ -101,15 +104,16 @@ def pool_predictions(parts: Sequence[SlideEmbeddings]) -> SlideEmbeddings:
         torch.cat([part.embedding for part in parts]),
         torch.cat(reports) if len(reports) == len(parts) else None,
         {name: torch.cat([part.logits[name] for part in parts]) for name in first.logits},
-        first.tasks,
+        _common_cards(parts),
     )
 
 
 def average_predictions(parts: Sequence[SlideEmbeddings]) -> SlideEmbeddings:
     """Several models' predictions for the same slides: the logits of their mean probabilities.
 
-    Kinds of tasks without probabilities get the mean of their logits. Embeddings of different models have nothing in
-    common, so the result has none (E = 0).
+    Kinds of tasks without probabilities get the mean of their logits; hazards of intervals that differ from model to
+    model, as those of the first, second ... interval of each. Embeddings of different models have nothing in common, so
+    the result has none (E = 0).
 
     Raises:
         ValueError: the models have different tasks or slides.
@@ -122,7 +126,7 @@ def average_predictions(parts: Sequence[SlideEmbeddings]) -> SlideEmbeddings:
         name: _average(first.tasks[name]["kind"], torch.stack([part.logits[name].double() for part in parts]))
         for name in first.logits
     }
-    return SlideEmbeddings(first.slide_ids, torch.zeros(len(first), 0), None, logits, first.tasks)
+    return SlideEmbeddings(first.slide_ids, torch.zeros(len(first), 0), None, logits, _common_cards(parts))
 
 
 def _average(kind: str, logits: Tensor) -> Tensor:
@@ -134,10 +138,19 @@ def _average(kind: str, logits: Tensor) -> Tensor:
     return logits.mean(0).float()
 
 
+def _common_cards(parts: Sequence[SlideEmbeddings]) -> dict[str, dict[str, Any]]:
+    """Cards of the tasks, without the times between a hazard head's intervals where the models differ in them."""
+    cards = {name: dict(card) for name, card in parts[0].tasks.items()}
+    for name, card in cards.items():
+        if any(part.tasks[name].get("edges") != card.get("edges") for part in parts):
+            card["edges"] = []
+    return cards
+
+
 def _same_tasks(parts: Sequence[SlideEmbeddings]) -> None:
     def cards(part: SlideEmbeddings) -> dict[str, tuple[object, ...]]:
         return {
-            name: tuple(part.tasks[name].get(key) for key in ("kind", "classes", "columns"))
+            name: tuple(part.tasks[name].get(key) for key in ("kind", "classes", "columns", "method", "bins"))
             for name in part.logits
         }
 

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,39 +15,6 @@ from dre_fast.eval.figures import INK, MUTED, new_figure, save_figure
 
 Image = NDArray[np.uint8]
 _LEGEND_ROWS = 16
-
-
-def contributions(gradient: Tensor, rows: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-    """First-order contribution of each tile to a scalar: <d scalar / d V_k, x_i - c_k> with k = a_i.
-
-    V_k is the sum of x_i - c_k over the tiles of codeword k (DRE-SLCL, arXiv 2511.05034, residual encoding),
-    so the contributions of a slide sum to <gradient, V>, the first-order term of the scalar at V.
-
-    Args:
-        gradient: float [K, D], d scalar / d V. rows: float [N, D], tile features as they were encoded.
-        codebook: float [K, D]. codes: int64 [N]; -1 = no codeword, contribution 0.
-
-    Returns:
-        [N], in the dtype of `rows`, at least float32.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-    """
-    if gradient.shape != codebook.shape or rows.ndim != 2 or rows.shape[1:] != codebook.shape[1:]:
-        raise ValueError(
-            f"need gradient [K, D], rows [N, D] and codebook [K, D], got {list(gradient.shape)}, "
-            f"{list(rows.shape)} "
-            f"and {list(codebook.shape)}"
-        )
-    if codes.shape != rows.shape[:1]:
-        raise ValueError(f"codes must be [{len(rows)}] for {len(rows)} tiles, got {list(codes.shape)}")
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    g, c = gradient.to(dtype), codebook.to(dtype)
-    known = codes >= 0
-    k = codes.clamp(min=0)
-    # <g_k, x - c_k> = (x G^T)_k - <g_k, c_k>: one product instead of a gathered [N, D] copy of the gradient.
-    value = (rows.to(dtype) @ g.T).gather(1, k[:, None])[:, 0] - (g * c).sum(1)[k]
-    return torch.where(known, value, torch.zeros_like(value))
 
 
 def draw_codewords(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,7 @@ def evaluate_predictions(
     confidence: float = 0.95,
     seed: int = 0,
     allow_missing: bool = False,
+    model_of: Mapping[str, int] | None = None,
 ) -> list[MetricRow]:
     """Scores of every task of a file of predictions.
 
@@ -99,6 +100,8 @@ def evaluate_predictions(
         confidence: of the intervals, in (0, 1).
         seed: of the resampling; the same seed gives the same intervals.
         allow_missing: accept slides of the cohort without prediction (they are left out).
+        model_of: slide -> number of the model that predicted it, where several did. Survival tasks then compare only
+            slides of one model: risks have no common zero, Cox's likelihood knows none. The slides of a case have one.
 
     Returns:
         For each task one row a metric (auc, average_precision, f1, accuracy, balanced_accuracy); multilabel
@@ -111,37 +114,75 @@ def evaluate_predictions(
         ValueError: no logits, an unknown task, level or split, a slide of the cohort without prediction, or
             (by patient) slides of one case with different labels; the message names them.
     """
+    if bootstrap < 0 or not 0 < confidence < 1:
+        raise ValueError(f"bootstrap must be >= 0 and confidence in (0, 1), got {bootstrap} and {confidence}")
+    rows: list[MetricRow] = []
+    for judged in judged_tasks(embeddings, cohort, split, tasks, level, allow_missing, model_of):
+        rows += _evaluate_task(judged, level, (bootstrap, confidence, seed))
+    return rows
+
+
+@dataclass(frozen=True)
+class JudgedTask:
+    """What a model said of a task, beside the labels.
+
+    Args:
+        task: its card.
+        probability: float64 [S, C], of the classes or the columns; of survival tasks the risk, [S, 1].
+        truth: float64 [S, columns] (survival: time and event), NaN = missing.
+        cases: of the S slides or patients.
+        model: int64 [S], which model predicted each; None: one did all.
+    """
+
+    task: Task
+    probability: Array
+    truth: Array
+    cases: list[str]
+    model: NDArray[np.int64] | None = None
+
+
+def judged_tasks(
+    embeddings: SlideEmbeddings,
+    cohort: Cohort,
+    split: str | Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    level: str = "slide",
+    allow_missing: bool = False,
+    model_of: Mapping[str, int] | None = None,
+) -> list[JudgedTask]:
+    """Predictions and labels of the slides (or patients) to be judged; arguments and errors as of
+    :func:`evaluate_predictions`."""
     if not embeddings.logits:
         raise ValueError(
             "these embeddings have no logits to judge; fit a linear probe (--linear-probe) instead"
         )
     if level not in LEVELS:
         raise ValueError(f"level must be slide or patient, got {level!r}")
-    if bootstrap < 0 or not 0 < confidence < 1:
-        raise ValueError(f"bootstrap must be >= 0 and confidence in (0, 1), got {bootstrap} and {confidence}")
     names = list(embeddings.logits) if tasks is None else list(tasks)
     unknown = [name for name in names if name not in embeddings.logits]
     if unknown:
         raise ValueError(f"no predictions for task {unknown[0]!r}; there are: {', '.join(embeddings.logits)}")
     records = _judged(embeddings, cohort.subset(split), allow_missing)
     chosen = embeddings.select([record.slide_id for record in records])
+    of_case = None if model_of is None else {r.case_id: model_of[r.slide_id] for r in records}
+    found = []
     for name in names:
-        bad = ~torch.isfinite(chosen.logits[name]).all(1)
+        logits = chosen.logits[name]
+        bad = ~torch.isfinite(logits).all(1)
         if bad.any():
             slide = chosen.slide_ids[int(bad.nonzero()[0, 0])]
             raise ValueError(f"task {name!r}: the logits of slide {slide!r} are not finite; encode it again")
-    rows: list[MetricRow] = []
-    for name in names:
         task = task_of(name, chosen.tasks[name])
-        rows += _evaluate_task(
-            task,
-            chosen.logits[name],
-            cohort.encode(task, records),
-            [record.case_id for record in records],
-            level,
-            (bootstrap, confidence, seed),
-        )
-    return rows
+        survival = task.kind == "survival"
+        probability = _risk(task.method, logits)[:, None] if survival else _probabilities(task.kind, logits)
+        truth = cohort.encode(task, records).double().numpy()
+        truth = np.where(truth < 0, np.nan, truth).reshape(len(records), -1)
+        cases = [record.case_id for record in records]
+        if level == "patient":
+            probability, truth, cases = _by_case(task, probability, truth, cases)
+        model = None if of_case is None else np.array([of_case[case] for case in cases], dtype=np.int64)
+        found.append(JudgedTask(task, probability, truth, cases, model))
+    return found
 
 
 def _judged(embeddings: SlideEmbeddings, cohort: Cohort, allow_missing: bool) -> list[SlideRecord]:
@@ -165,24 +206,12 @@ def _judged(embeddings: SlideEmbeddings, cohort: Cohort, allow_missing: bool) ->
     return [record for record in cohort.records if record.slide_id in predicted]
 
 
-def _evaluate_task(
-    task: Task,
-    logits: Tensor,
-    target: Tensor,
-    cases: list[str],
-    level: str,
-    resampling: tuple[int, float, int],
-) -> list[MetricRow]:
-    survival = task.kind == "survival"
-    probability = _risk(task.method, logits)[:, None] if survival else _probabilities(task.kind, logits)
-    truth = target.double().numpy()
-    truth = np.where(truth < 0, np.nan, truth).reshape(len(cases), -1)
-    if level == "patient":
-        probability, truth, cases = _by_case(task, probability, truth, cases)
+def _evaluate_task(judged: JudgedTask, level: str, resampling: tuple[int, float, int]) -> list[MetricRow]:
+    task, probability, truth, cases = judged.task, judged.probability, judged.truth, judged.cases
     group = np.unique(cases, return_inverse=True)[1] if cases else np.zeros(0, dtype=np.int64)
     kind_row = MetricRow(task.name, None, "", None, None, None, level, 0, 0, "")
-    if survival:
-        return [_survival_row(kind_row, probability[:, 0], truth, group, resampling)]
+    if task.kind == "survival":
+        return [_survival_row(kind_row, probability[:, 0], truth, group, resampling, judged.model)]
     if task.kind != "multilabel":
         names = task.classes if task.kind == "multiclass" else None
         return _score_rows(kind_row, task.kind, probability, truth[:, 0], group, resampling, names)
@@ -230,11 +259,12 @@ def _survival_row(
     truth: Array,
     group: NDArray[np.int64],
     resampling: tuple[int, float, int],
+    model: NDArray[np.int64] | None,
 ) -> MetricRow:
     """The c-index of a survival task."""
     there = ~np.isnan(truth).any(1)
     template = replace(template, samples=int(there.sum()), cases=len(np.unique(group[there])))
-    scorer = _survival_scorer(risk, truth)
+    scorer = _survival_scorer(risk, truth, model)
     point = scorer(np.ones((1, len(truth))))[C_INDEX][0]
     if np.isnan(point):
         note = "no two samples can be compared" if there.any() else "no labels"
@@ -346,11 +376,12 @@ def _scorer(kind: str, probability: Array, truth: Array) -> Scorer:
     return score
 
 
-def _survival_scorer(risk: Array, truth: Array) -> Scorer:
+def _survival_scorer(risk: Array, truth: Array, model: NDArray[np.int64] | None = None) -> Scorer:
     """The c-index as a function of sample weights; samples without label are left out."""
     there = ~np.isnan(truth).any(1)
     r, time, event = risk[there], truth[there, 0], truth[there, 1] == 1
-    return lambda weights: {C_INDEX: scores.c_index(r, time, event, weights[:, there])}
+    own = None if model is None else model[there]
+    return lambda weights: {C_INDEX: scores.c_index(r, time, event, weights[:, there], own)}
 
 
 def _risk(method: str, logits: Tensor) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dre_fast.eval.figures import INK, MUTED, PALETTE, new_figure, save_figure, tidy
+from dre_fast.eval.figures import INK, MUTED, PALETTE, label_x, new_figure, save_figure, tidy
 
 _JUDGED = ("val_auc_", "val_c_index_")
 _STATISTICS = {"q50": "median", "q90": "90th percentile", "q99": "99th percentile", "max": "largest"}
@@ -45,10 +45,10 @@ def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
                 continue
             if kind == "step":
                 axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
-                axis.plot(x, smoothed(y), color=colour, linewidth=1.8, label=name)
+                axis.plot(x, smoothed(y), color=colour, linewidth=1.8, marker=lone(x), label=name)
             else:
                 axis.plot(x + 1, y, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
-        axis.set_xlabel(kind, fontsize=8, color=MUTED)
+        label_x(axis, kind)
         axis.set_title(_title(key), fontsize=9, color=INK, loc="left")
         if key.startswith(_JUDGED):
             axis.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
@@ -92,12 +92,12 @@ def draw_staleness(
         for (name, key), colour in zip(lines, _colours(len(lines))):
             x, y = series(log, "epoch", "epoch", key)
             if len(x):
-                axis.plot(x + 1, y, color=colour, linewidth=1.8, label=name)
+                axis.plot(x + 1, y, color=colour, linewidth=1.8, marker=lone(x), label=name)
                 drawn += 1
             if "drift" in key and len(y) and y.min() > 0:
                 _log_scale(axis)
         axis.set_title(title, fontsize=9, color=INK, loc="left")
-        axis.set_xlabel("epoch", fontsize=8, color=MUTED)
+        label_x(axis, "epoch")
         if drawn > 1:  # below the panel: there are as many lines as places in it
             axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
         tidy(axis)
@@ -117,7 +117,7 @@ def _draw_histogram(axis: Any, histogram: Mapping[str, Any], title: str, unit: s
     edges, rows = (np.asarray(histogram[name], dtype=float) for name in ("edges", "rows"))
     axis.bar(edges[:-1], rows, width=np.diff(edges), align="edge", color=PALETTE[0])
     axis.set_title(title, fontsize=9, color=INK, loc="left")
-    axis.set_xlabel(unit, fontsize=8, color=MUTED)
+    label_x(axis, unit)
     tidy(axis)
 
 
@@ -125,11 +125,11 @@ def _draw_guard(axis: Any, log: Log) -> None:
     lines = (("load (1 = limit)", "load"), ("factor on the encoder's rate", "factor"))
     for (name, key), colour in zip(lines, _colours(2)):
         x, y = series(log, "drift", "step", key)
-        axis.plot(x, y, color=colour, linewidth=1.2, label=name)
+        axis.plot(x, y, color=colour, linewidth=1.2, marker=lone(x), label=name)
     axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
     axis.set_ylim(0, None)
     axis.set_title("drift guard", fontsize=9, color=INK, loc="left")
-    axis.set_xlabel("step", fontsize=8, color=MUTED)
+    label_x(axis, "step")
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
     tidy(axis)
 
@@ -141,7 +141,7 @@ def _draw_fidelity(axis: Any, log: Log) -> None:
             axis.plot(x, y, color=colour, linewidth=1.2, marker=".", markersize=4, label=name)
     axis.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
     axis.set_title("cosine with the exact", fontsize=9, color=INK, loc="left")
-    axis.set_xlabel("step", fontsize=8, color=MUTED)
+    label_x(axis, "step")
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     tidy(axis)
 
@@ -190,6 +190,11 @@ def series(log: Log, kind: str, x_key: str, y_key: str) -> tuple[np.ndarray, np.
     ]
     array = np.array(points, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
+
+
+def lone(x: np.ndarray) -> str:
+    """The marker of a curve: a line through a single point cannot be seen, so that one gets a dot."""
+    return "o" if len(x) == 1 else ""
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -62,7 +62,9 @@ def probe_folds(
     """
     for task in tasks:
         if task.kind not in ("multiclass", "binary", "multilabel"):
-            raise ValueError(f"task {task.name!r}: a linear probe predicts classes, not {task.kind}")
+            raise ValueError(
+                f"task {task.name!r}: a linear probe predicts classes, not {task.kind}; name the others with --tasks"
+            )
     chosen = embeddings.select(cohort.ids)
     tasks = [cohort.resolve(task) for task in tasks]
     cohort = with_folds(cohort, tasks, folds=folds, seed=seed)

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +125,9 @@ class CrossValidation:
             raise ValueError(f"{self.out} holds a run; name another folder for a cross-validation")
         cohort = Cohort.read(config.data.cohort, missing_values=config.data.missing_values)
         self.tasks = [
-            cohort.resolve(Task(task.name, task.kind, tuple(task.classes), tuple(task.columns)))
+            cohort.resolve(
+                Task(task.name, task.kind, tuple(task.classes), tuple(task.columns), task.method, task.bins)
+            )
             for task in config.loss.tasks
         ]
         if cohort.splits and not began:
@@ -169,7 +171,8 @@ class CrossValidation:
     def judge(self, how: Judging) -> list[FoldScore]:
         """Scores of the out-of-fold predictions; writes them all to out_of_fold.safetensors, scores.csv and scores.md.
 
-        The joint score ranks predictions of different models against each other, with an interval by case.
+        The joint score ranks predictions of different models against each other, with an interval by case; c-indices
+        compare slides of one fold only.
         """
         parts = {fold: SlideEmbeddings.load(self.folder(fold) / PREDICTIONS) for fold in self.folds}
         pooled = pool_predictions(list(parts.values()))
@@ -178,7 +181,8 @@ class CrossValidation:
             fold: self._rows(part, self._split(fold).subset("test"), how, bootstrap=0)
             for fold, part in parts.items()
         }
-        scores = fold_scores(per_fold, self._rows(pooled, self.cohort, how))
+        fold_of = {slide: fold for fold, part in parts.items() for slide in part.slide_ids}
+        scores = fold_scores(per_fold, self._rows(pooled, self.cohort, how, model_of=fold_of))
         score_grid(scores, "pooled").write(self.out / "scores")
         return scores
 
@@ -233,6 +237,7 @@ class CrossValidation:
         how: Judging,
         tasks: Sequence[str] | None = None,
         bootstrap: int | None = None,
+        model_of: Mapping[str, int] | None = None,
     ) -> list[MetricRow]:
         return evaluate_predictions(
             part,
@@ -243,6 +248,7 @@ class CrossValidation:
             confidence=how.confidence,
             seed=self.config.run.seed,
             allow_missing=self.config.data.skip_untiled,
+            model_of=model_of,
         )
 
     def _validation(self, asked: str | float | None, began: bool) -> str | float:
@@ -280,6 +286,7 @@ def encode_with(run: str | Path, slides: SlideSet, config: Config) -> SlideEmbed
     """Embeddings and predictions of some slides by the best model of a run, with the device and autocast of a config."""
     device = pick_device(config.run.device)
     loaded = load_run(run, device)
+    loaded.check_tiles(slides)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.optim.amp)
 
     def autocast() -> contextlib.AbstractContextManager:

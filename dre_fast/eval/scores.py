@@ -40,7 +40,13 @@ def average_precision(score: Array, positive: NDArray[np.bool_], weights: Array)
         return (p * precision).sum(1) / p.sum(1)
 
 
-def c_index(risk: Array, time: Array, event: NDArray[np.bool_], weights: Array) -> Array:
+def c_index(
+    risk: Array,
+    time: Array,
+    event: NDArray[np.bool_],
+    weights: Array,
+    model: NDArray[np.int64] | None = None,
+) -> Array:
     """Harrell's concordance index: the weighted probability that of two samples the one at higher risk goes first.
 
     A pair is comparable when the event of one comes before the time, event or censoring, of the other; of an event and
@@ -53,6 +59,7 @@ def c_index(risk: Array, time: Array, event: NDArray[np.bool_], weights: Array) 
     Args:
         risk: float64 [n], higher = earlier event. time: float64 [n]. event: bool [n], False = censored.
         weights: float64 [R, n], non-negative.
+        model: int64 [n], which model gave the risk: only pairs of one model are compared. None: one gave all.
 
     Returns:
         float64 [R]; NaN where no pair is comparable.
@@ -63,6 +70,8 @@ def c_index(risk: Array, time: Array, event: NDArray[np.bool_], weights: Array) 
     for start in range(0, len(first), block):
         rows = first[start : start + block, None]
         later = (time > time[rows]) | ((time == time[rows]) & ~event)
+        if model is not None:
+            later &= model == model[rows]
         right = later * ((risk < risk[rows]) + 0.5 * (risk == risk[rows]))
         w = weights[:, rows[:, 0]]
         good += ((w @ right) * weights).sum(1)

@@ -12,8 +12,10 @@ from torch import Tensor
 from dre_fast.data.cohort import Task
 from dre_fast.data.multiscale import scales_of
 from dre_fast.data.slides import open_slide
-from dre_fast.eval.heatmap import contributions, draw_codewords, draw_contributions
+from dre_fast.eval.geojson import write_geojson
+from dre_fast.eval.heatmap import draw_codewords, draw_contributions
 from dre_fast.nn.aggregators import RowAggregator
+from dre_fast.nn.contributions import contributions
 from dre_fast.nn.model import padded
 from dre_fast.reference.encode import hard_assign
 from dre_fast.train.build import SlideSet
@@ -91,8 +93,11 @@ def draw_slide(
     task: str | None = None,
     target: str | None = None,
     chunk: int = 256,
+    geojson: bool = False,
 ) -> list[Path]:
-    """Write the maps of one slide as PNG; return their paths. Without a task only the codeword maps are drawn.
+    """Write the maps of one slide as PNG, with ``geojson`` also for QuPath; return their paths.
+
+    Without a task only the codeword maps are drawn.
 
     A slide tiled at several magnifications gets a map of each, ``scale0``, ``scale1``, ... in its file's name.
     """
@@ -106,6 +111,7 @@ def draw_slide(
     folder.mkdir(parents=True, exist_ok=True)
     codes = hard_assign(features, loaded.model.codebook)
     explained = explain(loaded, features, pick_task(loaded, task), target) if loaded.tasks else None
+    task_name = pick_task(loaded, task).name if loaded.tasks else ""
     files, first = [], 0
     for scale, tiling in enumerate(scales):
         own = slice(first, first + len(tiling))
@@ -119,14 +125,23 @@ def draw_slide(
             )
         )
         if explained is not None:
-            label = _file_name(pick_task(loaded, task).name, explained.target)
+            label = _file_name(task_name, explained.target)
             files.append(
                 draw_contributions(
                     folder / f"{name}_{label}.png",
                     thumbnail,
                     tiling,
                     explained.contribution[own],
-                    title=f"{record.slide_id}: contribution to {explained.target}",
+                    title=f"{record.slide_id}: contribution to {task_name} {explained.target}",
+                )
+            )
+        if geojson:
+            measured = (
+                {} if explained is None else {f"{task_name} {explained.target}": explained.contribution[own]}
+            )
+            files.append(
+                write_geojson(
+                    folder / f"{name}.geojson", tiling, codes[own], len(loaded.model.codebook), measured
                 )
             )
     return files

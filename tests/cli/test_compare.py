@@ -15,7 +15,8 @@ from train_cohort import tiny_config, write_cohort
 
 from dre_fast.cli import main
 from dre_fast.eval import compare_figures
-from dre_fast.eval.compare import read_runs, result_grid, results, settings_grid
+from dre_fast.eval.compare import Run, read_runs, result_grid, results, settings_grid
+from dre_fast.train.config import Config
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
 
@@ -135,3 +136,17 @@ def test_faults_and_gaps_are_said(
     assert "train split" in said
     (tmp_path / "bare" / "config.yaml").write_text("model: {depht: 3}\n")
     assert str(tmp_path / "bare" / "config.yaml") in call(str(tmp_path / "bare"))[1]
+
+
+def test_panels_name_a_task_as_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"kind": "epoch", "epoch": 0, "val_c_index_os_h": 0.6, "val_auc_kind": 0.7, "val_loss_os_h": 2.0}
+    drawn: list[compare_figures.Panel] = []
+
+    def keep(file: Path, panels: list[compare_figures.Panel], names: list[str]) -> Path:
+        drawn.extend(panels)
+        return file
+
+    monkeypatch.setattr(compare_figures, "_draw", keep)
+    compare_figures.draw_comparison(tmp_path, [Run("a", tmp_path, Config(), ([line],), None)])
+    found = {panel.title: panel.level for panel in drawn}
+    assert found == {"c-index: os_h": 0.5, "AUC: kind": 0.5, "loss: os_h": None}

@@ -49,6 +49,16 @@ def test_by_hand():
     assert np.isnan(index([], [], []))
 
 
+def test_pairs_of_different_models_do_not_count():
+    risk, time = np.array([3.0, 1.0, 10.0, 20.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    event, weights = np.ones(4, dtype=bool), np.ones((1, 4))
+    model = np.array([0, 0, 7, 7])
+    # of 0 with 1 the earlier has the higher risk, of 2 with 3 the later; the other four pairs are of two models
+    assert scores.c_index(risk, time, event, weights, model) == 0.5
+    assert scores.c_index(risk, time, event, weights) == pytest.approx(1 / 6)
+    assert np.isnan(scores.c_index(risk, time, event, weights, np.arange(4)))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ties", [False, True])
 def test_weights_count_pairs(monkeypatch, seed: int, ties: bool):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dre_fast.data.tiling import Tiling
 from dre_fast.eval import heatmap
-from dre_fast.eval.heatmap import codeword_colours, contributions, draw_codewords, draw_contributions
+from dre_fast.eval.heatmap import codeword_colours, draw_codewords, draw_contributions
+from dre_fast.nn.contributions import contributions
 
 
 def tiling(n: int = 6) -> Tiling:

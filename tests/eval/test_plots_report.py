@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dre_fast.eval import plots
 from dre_fast.eval.plots import draw_curves, draw_staleness, series, smoothed
 from dre_fast.eval.report import Figure, Table, build_page
 
@@ -69,6 +70,23 @@ def test_smoothing_keeps_a_constant_and_follows_a_trend():
     smooth = smoothed(ramp)
     assert (np.diff(smooth) > 0).all()
     assert abs(smooth[-1] - 1) < 0.1
+
+
+def test_a_curve_of_one_point_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    guard = {"kind": "drift", "step": 0, "load": 0.5, "factor": 0.1}
+    draw_curves(tmp_path / "c.png", {"run": log(1, 1)})
+    draw_staleness(tmp_path / "s.png", [*log(1, 1), guard])
+    curves = [
+        line
+        for figure in drawn
+        for axes in figure.axes
+        for line in axes.lines
+        if line.get_linestyle() == "-" and line.get_alpha() is None
+    ]
+    assert len(curves) == 9  # loss, its validation; two of ages, two of drift, first fill; load, factor
+    assert all(line.get_marker() == "o" for line in curves)
 
 
 def test_staleness_from_the_log_and_from_a_bank(tmp_path: Path):

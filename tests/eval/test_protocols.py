@@ -225,6 +225,35 @@ def test_averages_are_of_probabilities_and_stay_finite():
         pool_predictions([parts[0], other])
 
 
+def test_survival_over_folds_compares_slides_of_one_model(tmp_path: Path):
+    table = write_cohort(tmp_path, slides=12, side=64, reports=False)
+    lines = table.read_text().splitlines()
+    later = [f",{7 * i % 11 + 1},{'1:DECEASED' if i % 4 else '0:LIVING'}" for i in range(12)]
+    rows = [line + more for line, more in zip(lines, [",months,status", *later], strict=True)]
+    table.write_text("\n".join(rows) + "\n")
+    columns = "kind: survival, columns: [months, status]"
+    heads = f"{{name: cox, {columns}}}, {{name: hazard, {columns}, method: hazard, bins: 3}}"
+    config = settings(tmp_path, f"loss.tasks=[{heads}]", "optim.batch_size=4")
+    rounds = CrossValidation(config, tmp_path / "cv", folds=3, validation="none")
+    rounds.train()
+    how = Judging(bootstrap=20, level="patient")
+    found = rounds.judge(how)
+    assert [(score.task, score.metric) for score in found] == [("cox", "c-index"), ("hazard", "c-index")]
+    for score in found:
+        assert score.joint.value is not None
+        defined = [value for value in score.folds.values() if value is not None]
+        assert min(defined) <= score.joint.value <= max(defined)  # the mean, weighted by pairs
+    edges = [load_run(rounds.folder(fold)).tasks[1].edges for fold in rounds.folds]
+    assert len(set(edges)) > 1
+    card = SlideEmbeddings.load(tmp_path / "cv" / "out_of_fold.safetensors").tasks["hazard"]
+    assert (card["bins"], card["edges"]) == (3, [])  # no time is common to the folds' models
+    file = rounds.folder(rounds.folds[0]) / "predictions.safetensors"
+    part = SlideEmbeddings.load(file)
+    part.logits["cox"] += 100.0  # the same order of its slides: the partial likelihood leaves this free
+    part.save(file)
+    assert rounds.judge(how) == found
+
+
 def test_a_fold_without_a_score_is_left_out_of_the_mean_and_said():
     def row(value: float | None) -> MetricRow:
         return MetricRow("t", None, "auc", value, None, None, "slide", 4, 4, "")
