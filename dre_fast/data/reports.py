@@ -108,7 +108,10 @@ class ReportEmbeddings:
                 f"{path}: no such file (report embeddings, written by dre-fast embed-reports)"
             ) from None
         except (safetensors.SafetensorError, OSError) as error:
-            raise ReportError(f"{path}: cannot read these report embeddings: {error}") from error
+            raise ReportError(
+                f"{path}: cannot read these report embeddings ({error}); "
+                "write them with dre-fast embed-reports"
+            ) from error
         if FORMAT in metadata:
             card = json.loads(metadata[FORMAT])
             return cls(card["case_ids"], tensors["embeddings"], card["model"], card["details"])

@@ -12,6 +12,8 @@ import torch
 class _Gradient(torch.autograd.Function):
     """A gradient as it is, which knows what it depends on."""
 
+    generate_vmap_rule = True  # torch.func.jacrev runs backward under vmap
+
     @staticmethod
     def forward(gradient: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return gradient.view_as(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
 from dre_fast.nn.tile_encoders import TileEncoder, build_tile_encoder, load_hipt_checkpoint
 from dre_fast.train.config import Config, MemoryConfig, ModelConfig
+from dre_fast.train.tile_scales import scale_of
 
 
 @dataclass
@@ -81,7 +83,8 @@ def slide_set(
 
     Raises:
         ValueError: no such folder; a slide has no coordinate file in one, or no tiles in any; the message names the
-            slide and the file. No slide is left. Tilings of different ``tile_size``, or twice the same.
+            slide and the file. No slide is left. Tilings of different ``tile_size``, of different um/px in one folder, or
+            twice the same.
     """
     folders = [Path(tiles_dir)] if isinstance(tiles_dir, (str, Path)) else [Path(path) for path in tiles_dir]
     for folder in folders:
@@ -114,6 +117,10 @@ def slide_set(
             shown = ", ".join(str(file) for file in files[record.slide_id])
             raise ValueError(f"slide {record.slide_id}: {shown} holds no tiles; take the slide out")
         tilings += scales
+    sizes = [scale_of(tilings[i :: len(folders)], folder)["tile_size"] for i, folder in enumerate(folders)]
+    if len(set(sizes)) > 1:
+        shown = ", ".join(f"{folder} {size:g} px" for folder, size in zip(folders, sizes))
+        raise ValueError(f"tiles of different sizes: {shown}; tile all with the same --tile-size")
     paths = [record.path for record in records if record.path is not None]
     if len(paths) != len(records):
         missing = next(record.slide_id for record in records if record.path is None)
@@ -238,3 +245,22 @@ def parameter_groups(
         }
         for (of_encoder, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def clip_gradients(groups: list[dict[str, Any]], longest: float) -> Tensor:
+    """Shorten the gradient of the encoder, and that of the rest, to a length of ``longest`` (0: leave them).
+
+    Each by itself: the encoder's gradient is often many times longer (of all tiles with memory.grad_scale=unbiased or
+    mode exact), and under one common limit it would decide, step by step, how little the head learns.
+
+    Args:
+        groups: of :func:`parameter_groups`.
+
+    Returns:
+        fp32 [2], their lengths before: encoder, rest.
+    """
+    lengths = []
+    for of_encoder in (True, False):
+        parameters = [p for group in groups if group["encoder"] == of_encoder for p in group["params"]]
+        lengths.append(nn.utils.clip_grad_norm_(parameters, longest or math.inf))
+    return torch.stack([length.float().to(lengths[-1].device) for length in lengths])

@@ -69,7 +69,8 @@ def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:
 
 
 def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -> None:
-    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen.
+    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen
+    and of tasks that validation cannot judge.
 
     Raises:
         ValueError: a label column without a label among the training slides, or validation slides with neither label
@@ -78,7 +79,7 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
     for task in tasks:
         target = train.targets[task.name].reshape(len(train), -1)
         for i, column in enumerate(task.columns):
-            if not _labelled(target[:, i]).any():
+            if not labelled(target[:, i]).any():
                 raise ValueError(f"task {task.name!r}, column {column!r}: no training slide has a label")
         if task.kind == "multiclass":
             unseen = [name for c, name in enumerate(task.classes) if not (target == c).any()]
@@ -87,9 +88,14 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
                     f"task {task.name!r}: no training slide is {' or '.join(unseen)}; it will never be predicted",
                     stacklevel=2,
                 )
+        if val is not None and not labelled(val.targets[task.name]).any():
+            warnings.warn(
+                f"task {task.name!r}: no validation slide has a label; it has no part in picking the best epoch",
+                stacklevel=2,
+            )
     if val is None or (val.report_rows >= 0).any():
         return
-    if not any(_labelled(val.targets[task.name]).any() for task in tasks):
+    if not any(labelled(val.targets[task.name]).any() for task in tasks):
         raise ValueError(
             "no validation slide has a label or a report, so no epoch is better than another; "
             "label some, or set data.val_split=null"
@@ -119,7 +125,8 @@ def check_same_data(before: dict[str, str], now: dict[str, str], out: Path) -> N
         )
 
 
-def _labelled(target: Tensor) -> Tensor:
+def labelled(target: Tensor) -> Tensor:
+    """Where a task's targets hold a label, bool of their shape."""
     return ~torch.isnan(target) if target.is_floating_point() else target >= 0
 
 

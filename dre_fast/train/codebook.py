@@ -18,8 +18,8 @@ def fit_on_bank(
     """Fit a codebook to the rows of the banks of all processes; every process gets the same one.
 
     One process goes through all its rows where they lie. Several send theirs to the first one, at most 2^18 in all: of
-    a slide as many as its share of all rows is, drawn by its permutation. Below that the codebook is that of one
-    process, but for the rounding of fp32 sums.
+    a slide as many as its share of all rows is, drawn by its permutation, less those that were never written. Below that
+    the codebook is that of one process, but for the rounding of fp32 sums.
 
     Returns:
         Codebook fp32 [K, D] on the bank's device, and the inertia of the rows that were seen.
@@ -49,6 +49,7 @@ def _rows_of_all(bank: MemoryBank, group: Group, seed: int) -> Tensor:
     for slide, most in enumerate(quota.tolist()):
         there = torch.tensor([slide], device=bank.device)
         tiles = bank.sample(there, most, cycle=0, seed=seed)[0].sort().values
+        tiles = tiles[bank.written(slide)[tiles]]  # a row that was never written is zeros, not a feature
         parts.append(bank.read(there.expand_as(tiles), tiles))
         names.append(bank.number[there].expand_as(tiles))
     own = torch.cat(parts) if parts else torch.zeros(0, bank.dim, device=bank.device)

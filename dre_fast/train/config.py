@@ -151,7 +151,7 @@ class OptimConfig:
     head_warmup_epochs: int = 1  # epochs at the start in which the encoder does not move
     warmup_steps: int = 20
     weight_decay: float = 0.01
-    grad_clip: float = 1.0  # 0: off
+    grad_clip: float = 1.0  # longest gradient, of the encoder and of the rest by itself; 0: off
     amp: str = "none"  # none | bf16 | fp16 (fp16 needs a GPU)
 
 
@@ -213,13 +213,15 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     """Defaults <- YAML file <- ``section.key=value`` overrides (values are YAML).
 
     Raises:
-        ConfigError: unknown key (with the nearest known one), wrong type, or unreadable YAML.
+        ConfigError: unknown key (with the nearest known one), wrong type, no such file, or unreadable YAML.
     """
     import yaml
 
     tree: dict[str, Any] = {}
     try:
         if path is not None:
+            if not Path(path).exists():
+                raise ConfigError(f"{path}: no such config file; `dre-fast train --print-config` prints one")
             tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             if not isinstance(tree, dict):
                 raise ConfigError(f"{path}: expected sections data, model, memory, loss, optim, run")

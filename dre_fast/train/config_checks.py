@@ -42,6 +42,16 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             "memory.refresh, max_refresh and writer_decay have no use with memory.mode=exact: no row is old"
         )
+    if config.memory.mode == "exact" and config.memory.grad_scale != "none":
+        raise ConfigError(
+            f"memory.grad_scale={config.memory.grad_scale} scales the gradient of some live tiles; with "
+            "memory.mode=exact it is that of all: set memory.grad_scale=none"
+        )
+    if config.memory.mode == "exact" and config.run.probe_every:
+        raise ConfigError(
+            "run.probe_every compares a memory mode with the exact gradient, which is what memory.mode=exact takes: "
+            "set run.probe_every=0"
+        )
     if config.memory.max_refresh and config.memory.max_refresh < config.memory.refresh:
         raise ConfigError(
             f"memory.max_refresh={config.memory.max_refresh}: less than memory.refresh={config.memory.refresh}"
@@ -117,6 +127,8 @@ def check_config(config: Config) -> None:
         ("data.stain", config.data.stain),
         ("memory.grad_scale", config.memory.grad_scale),
         ("memory.drift_limit", config.memory.drift_limit),
+        ("loss.contrastive_weight", config.loss.contrastive_weight),
+        *((f"loss.tasks[{task.name}].weight", task.weight) for task in config.loss.tasks),
     ):
         if not isinstance(number, str) and not 0 <= number < math.inf:
             raise ConfigError(f"{key}={number}: must be a number >= 0")
@@ -132,6 +144,12 @@ def check_config(config: Config) -> None:
         )
     if not config.loss.contrastive and not config.loss.tasks:
         raise ConfigError("nothing to train on: set loss.contrastive, loss.tasks or both")
+    if not (config.loss.contrastive and config.loss.contrastive_weight) and not any(
+        task.weight for task in config.loss.tasks
+    ):
+        raise ConfigError(
+            "nothing to train on: loss.contrastive_weight and the weights of loss.tasks are all 0"
+        )
     names = [task.name for task in config.loss.tasks]
     if len(set(names)) != len(names) or "" in names:
         raise ConfigError(f"loss.tasks: every task needs a name of its own, got {names}")

@@ -159,6 +159,17 @@ class Group:
             if not name.startswith("bank."):
                 dist.broadcast(tensor, src=0)
 
+    @torch.no_grad()
+    def average_statistics(self, module: nn.Module) -> None:
+        """Give every process the mean of the floating point buffers: the running statistics of batch normalisation."""
+        buffers = [b for b in module.buffers() if b.is_floating_point()]
+        if self.world == 1 or not buffers:
+            return
+        flat = torch.cat([b.reshape(-1).float() for b in buffers]) / self.world
+        dist.all_reduce(flat)
+        for b, part in zip(buffers, flat.split([b.numel() for b in buffers])):
+            b.copy_(part.view_as(b))
+
     def _counts(self, own: int) -> list[int]:
         counts = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         counts[self.rank] = own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from dre_fast.data.slides import SlideError
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.train.build import Reports, SlideSet
@@ -57,11 +59,12 @@ class FidelityProbe:
     """The comparison on one training slide of a run.
 
     Args:
-        losses: (output, number int64 [1]) -> the run's loss of that slide alone; like ``contrast`` it is given the
-            slide's number among all training slides.
+        losses: (output, number int64 [1]) -> the run's loss of that slide alone, but for the contrast; like ``contrast``
+            it is given the slide's number among all training slides.
         contrast: see :func:`contrast_with_all`; added to it.
         chunk: tiles the oracle encodes at once.
         seed: of the run.
+        skip: a slide that cannot be read is left out, with a warning.
         autocast: a context for the model.
     """
 
@@ -74,17 +77,22 @@ class FidelityProbe:
         *,
         chunk: int,
         seed: int,
+        skip: bool,
         autocast: Autocast,
     ) -> None:
+        self.skip = skip
         self.model, self.slides, self.losses, self.contrast = model, slides, losses, contrast
         self.chunk, self.seed, self.autocast = chunk, seed, autocast
 
     def measure(self, index: int, epoch: int, tiles: Tensor) -> dict[str, float | str | None]:
-        """``slide``, its name, and what :func:`measure_fidelity` gives.
+        """``slide``, its name, and what :func:`measure_fidelity` gives; None for all of it when the slide is left out.
 
         Args:
             index: id of the slide in the bank.
             tiles: int64 [m], its live tiles in this epoch; -1 = unused slot.
+
+        Raises:
+            SlideError: it cannot be read (named), unless such slides are left out.
         """
         reader = self.slides.reader
         there = torch.tensor([index], device=self.model.codebook.device)
@@ -110,10 +118,14 @@ class FidelityProbe:
             total = self.losses(out, number)
             return total if self.contrast is None else total + self.contrast(out, number)
 
-        return {
-            "slide": self.slides.records[index].slide_id,
-            **measure_fidelity(self.model, exact, step, objective),
-        }
+        found: dict[str, float | None] = {"embedding": None, "gradient": None, "gradient_norm": None}
+        try:
+            found = measure_fidelity(self.model, exact, step, objective)
+        except SlideError as error:
+            if not self.skip:
+                raise
+            warnings.warn(f"fidelity not measured: {error}", stacklevel=2)
+        return {"slide": self.slides.records[index].slide_id, **found}
 
 
 def contrast_with_all(
@@ -128,7 +140,8 @@ def contrast_with_all(
     rows = rows[rows >= 0]
     if reports is None or not len(rows):
         return None
-    whole = SlideReportLoss(loss.kind, "all", temperature=float(loss.temperature)).to(loss.log_scale.device)
+    whole = SlideReportLoss(loss.kind, "all").to(loss.log_scale.device)
+    whole.load_state_dict(loss.state_dict())  # its temperature, which may lie beyond the bounds, and bias
     whole.set_reports(reports.matrix[rows], rows)
 
     def contrast(out: SlideOutput, slide: Tensor) -> Tensor:

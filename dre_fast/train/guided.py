@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dre_fast.eval.heatmap import contributions
+from dre_fast.nn.contributions import contributions
 from dre_fast.nn.model import DRESLCL
 
 
@@ -51,8 +51,8 @@ class ReportGuide:
     def scores(self, slides: Tensor, candidates: Tensor) -> Tensor:
         """First-order effect of each candidate on the similarity, <d cos / dV_k, f_i - c_k> with k its codeword.
 
-        The formula of the heatmaps (:func:`dre_fast.eval.heatmap.contributions`), with the similarity for the logit and
-        stored rows for features.
+        The formula of the heatmaps (:func:`dre_fast.nn.contributions.contributions`), with the similarity for the logit
+        and stored rows for features.
 
         Args:
             slides: int64 [B], slides with a report.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.progress import progress
 from dre_fast.train import state as on_disk
 from dre_fast.train.build import SlideSet, build_model, task_card
+from dre_fast.train.checks import labelled
 from dre_fast.train.config import Config, DataConfig, config_from_dict
 from dre_fast.train.distributed import Group
 from dre_fast.train.read_ahead import chunks_of, read_jobs
+from dre_fast.train.tile_scales import check_scales
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -129,20 +131,23 @@ def validate(
     group: Group,
     data: DataConfig,
     supervised: Callable[[Task, Tensor, Tensor], Tensor],
+    weights: Mapping[str, float],
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float | int | str | None]:
     """Validation losses, AUCs and c-indices of a set of slides, shared out to the processes of a group.
 
     ``val_score``, by which the best model is kept, is the mean over the tasks of AUC (survival tasks: c-index), where it
-    is defined, with the loss as tie-breaker (minus a thousandth of it); without any, it is minus the loss.
+    is defined, with the loss as tie-breaker (minus a thousandth of it); without any, it is minus the loss. ``val_loss``
+    is the run's own, its parts by their weights; a task without a label among the slides has no part in it.
 
     Args:
         supervised: (task, logits, target) -> loss.
+        weights: of ``contrastive`` and of each task in the loss of the run.
     """
     there, logits, projected = _encode_shared(model, slides, tasks, chunk, autocast, group, data)
     rows, targets = slides.report_rows[there], {name: t[there] for name, t in slides.targets.items()}
     result: dict[str, float | int | str | None] = {}
-    losses = []
+    total = 0.0
     if loss is not None and report_matrix is not None and projected is not None:
         known = rows >= 0
         if known.any():
@@ -150,12 +155,15 @@ def validate(
             with torch.no_grad():
                 value = loss.among(projected[known].to(report_matrix.device), report_matrix[cases], cases)
             result["val_loss_contrastive"] = value.item()
-            losses.append(value.item())
+            total += weights["contrastive"] * value.item()
     scores = []
     for task in tasks:
         own, target = logits[task.name], targets[task.name]
-        result[f"val_loss_{task.name}"] = supervised(task, own, target).item()
-        losses.append(float(result[f"val_loss_{task.name}"]))  # type: ignore[arg-type]
+        if not labelled(target).any():
+            continue
+        judged = supervised(task, own, target).item()
+        result[f"val_loss_{task.name}"] = judged
+        total += weights[task.name] * judged
         if task.kind == "survival":
             metric, score = "c_index", c_index(task.method, own, target)
         else:
@@ -163,7 +171,6 @@ def validate(
         result[f"val_{metric}_{task.name}"] = score
         if score is not None:
             scores.append(score)
-    total = sum(losses)
     result["val_loss"] = total
     result["val_score"] = sum(scores) / len(scores) - 1e-3 * total if scores else -total
     return result
@@ -204,6 +211,11 @@ class LoadedRun:
     model: DRESLCL
     config: Config
     tasks: list[Task]
+    tiles: list[dict[str, float | None]] | None = None  # of the training, see `scales_seen`; None: not told
+
+    def check_tiles(self, slides: SlideSet) -> None:
+        """Raises ValueError where the tiles of some slides are of another size or resolution than the training's."""
+        check_scales(slides.reader.tilings, self.tiles)
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
@@ -229,4 +241,4 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     if missing or unexpected:
         raise ValueError(f"{file}: weights do not fit the config: missing {missing}, unexpected {unexpected}")
     model.bank.set_codebook(codebook)
-    return LoadedRun(model.eval(), config, tasks)
+    return LoadedRun(model.eval(), config, tasks, card.get("tiles"))

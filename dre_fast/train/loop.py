@@ -20,10 +20,11 @@ from dre_fast.train import checkpoint
 from dre_fast.train import state as on_disk
 from dre_fast.train.augment import read_augmented
 from dre_fast.train.batches import Batch, read_batches, without_tiles
-from dre_fast.train.build import build_model, parameter_groups, task_card
+from dre_fast.train.build import build_model, clip_gradients, parameter_groups, task_card
 from dre_fast.train.checks import check_folder, check_same_data, pick_device
 from dre_fast.train.codebook import fit_on_bank
 from dre_fast.train.config import Config, save_config
+from dre_fast.train.cost import say_cost
 from dre_fast.train.distributed import Group, own_device
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.failures import Failures
@@ -39,6 +40,7 @@ from dre_fast.train.samplers import epoch_order
 from dre_fast.train.shards import with_shards
 from dre_fast.train.start import start_from
 from dre_fast.train.supervision import describe_tasks
+from dre_fast.train.tile_scales import scales_seen
 from dre_fast.train.writer import BankWriter
 
 
@@ -163,6 +165,7 @@ class Trainer:
                 self.log.close()
             if self.board is not None:
                 self.board.close()
+        say_cost(self.out, self.data.train.tiles, self.device, self.group)
         return self.out
 
     def _run_epoch(self, epoch: int) -> None:
@@ -178,8 +181,9 @@ class Trainer:
         ):
             self.failures.note(batch)
             metrics = self._train_step(batch, epoch)
-            self.epoch_loss += float(metrics["loss"] or 0.0)
-            self.epoch_steps += 1
+            if metrics["loss"] is not None:  # else no slide of the step could be read
+                self.epoch_loss += float(metrics["loss"])
+                self.epoch_steps += 1
             self.step += 1
             self.batch += 1
             now = time.perf_counter()
@@ -212,12 +216,13 @@ class Trainer:
         probe = FidelityProbe(
             self.model,
             self.train,
-            lambda out, number: self.objective(out, number)[0],
+            self.objective.without_contrast,
             contrast_with_all(
                 self.objective.contrast, self.data.reports, self.data.train, config.loss.contrastive_weight
             ),
             chunk=config.run.encode_chunk,
             seed=config.run.seed,
+            skip=config.data.on_error == "skip",
             autocast=self._autocast,
         )
         order = epoch_order(len(self.data.train), config.run.seed, 0)
@@ -288,9 +293,10 @@ class Trainer:
             self.scaler.scale(loss).backward()
         if exact is not None and moves and len(batch.slides):
             exact.backward()
-        norm = self._update(numbers)
+        lengths = self._update(numbers)
         found = None
         if moves:
+            self.group.average_statistics(self.model.tile_encoder)
             self.writer.follow()
             found = self.guard.after(self.step + 1)
         if own.live is not None:  # step 0 is the pre-fill
@@ -304,7 +310,7 @@ class Trainer:
             "tiles": sum(self._live_tiles(number) for number in numbers.tolist()),
             "loss": loss.item(),
             **{f"loss_{name}": value.item() for name, value in parts.items()},
-            "grad_norm": norm,
+            **lengths,
             "lr": rates[False],
             "encoder_lr": rates.get(True, 0.0),
             "temperature": self.objective.temperature,
@@ -333,19 +339,20 @@ class Trainer:
                 seed=self.config.run.seed,
             )
 
-    def _update(self, numbers: Tensor) -> float:
-        """The optimiser's step, with the gradient of all processes; returns the gradient's length."""
+    def _update(self, numbers: Tensor) -> dict[str, float]:
+        """The optimiser's step, with the gradient of all processes; returns the lengths of its gradients."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.group.add_gradients(parameters, list(self.objective.parameters()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip or math.inf)
+        lengths = clip_gradients(self.optimizer.param_groups, self.config.optim.grad_clip)
         if (
             not self.scaler.is_enabled()
         ):  # the scaler leaves such steps out; any other would spoil the weights
-            self._require_finite("gradient", norm, numbers)
+            self._require_finite("gradient", lengths, numbers)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return norm.item()
+        of_encoder, of_rest = lengths.tolist()
+        return {"grad_norm": math.hypot(of_encoder, of_rest), "encoder_grad_norm": of_encoder}
 
     def _require_finite(self, what: str, value: Tensor, numbers: Tensor) -> None:
         if not torch.isfinite(value).all():
@@ -435,6 +442,7 @@ class Trainer:
             group=self.group,
             data=self.config.data,
             supervised=self.objective.supervised,
+            weights=self.objective.weights,
             autocast=self._autocast,
         )
 
@@ -451,6 +459,7 @@ class Trainer:
             "config": asdict(self.config),
             "tasks": {task.name: task_card(task) for task in self.tasks},
             "report_dim": self.model.slide_encoder.report_dim,
+            "tiles": scales_seen(self.data.train.reader.tilings),
             "epoch": self.epoch,
         }
         if not self.group.first:

@@ -70,14 +70,27 @@ class Objective(nn.Module):
                 parts["contrastive"] = self.contrast(
                     out.report.float()[there.to(device)], self.reports[cases], cases
                 )
-        for task in self.tasks:
-            target = self.targets[task.name][slides].to(device)
-            parts[task.name] = self.supervised(task, out.logits[task.name], target)
+        parts |= self._of_tasks(out, slides)
+        return self._total(out, parts), parts
+
+    def without_contrast(self, out: SlideOutput, slides: Tensor) -> Tensor:
+        """The weighted losses of the tasks alone; arguments as for the whole."""
+        return self._total(out, self._of_tasks(out, slides))
+
+    def _of_tasks(self, out: SlideOutput, slides: Tensor) -> dict[str, Tensor]:
+        return {
+            task.name: self.supervised(
+                task, out.logits[task.name], self.targets[task.name][slides].to(out.embedding.device)
+            )
+            for task in self.tasks
+        }
+
+    def _total(self, out: SlideOutput, parts: Mapping[str, Tensor]) -> Tensor:
         total = sum(
             (self.weights[name] * part for name, part in parts.items()), out.embedding.new_zeros(()).float()
         )
         # a batch in which no slide has a report or label still has a graph, and a zero gradient
-        return total + 0.0 * out.embedding.float().sum(), parts
+        return total + 0.0 * out.embedding.float().sum()
 
     def supervised(self, task: Task, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of one task for some slides, of any split, with the class weights of the training slides."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ def planner_of(config: Config, data: RunData, model: DRESLCL) -> Planner:
         assert data.reports is not None  # Config.validate has seen to it
         guide = ReportGuide(model, data.reports.matrix, data.own.report_rows)
     return Planner(
-        config.memory,
+        # slots that no slide can fill would be read, and take memory, as if they were tiles
+        replace(config.memory, live=min(config.memory.live, max(data.train.tiles))),
         torch.tensor([[len(t) for t in scales_of(joined)] for joined in data.own.reader.tilings]),
         data.numbers,
         data.shards,

@@ -81,7 +81,7 @@ def scale_slots(sizes: Tensor, live: int, shares: Sequence[float] = ()) -> Tenso
     weight = torch.tensor(shares or [1.0] * sizes.shape[1], dtype=torch.float64)
     slots = torch.zeros_like(sizes)
     slide = torch.arange(len(sizes))
-    for _ in range(live):
+    for _ in range(min(live, int(sizes.sum(1).max()) if len(sizes) else 0)):
         room = slots < sizes
         turn = torch.where(room, slots / weight, torch.inf).argmin(1)
         slots[slide, turn] += room.any(1).to(slots)

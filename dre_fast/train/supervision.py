@@ -39,7 +39,7 @@ def fit_survival(tasks: Sequence[Task], train: SlideSet) -> list[Task]:
 def describe_tasks(
     tasks: Sequence[Task], targets: Mapping[str, Tensor], weights: Mapping[str, Tensor | None]
 ) -> list[str]:
-    """One line for each task whose classes are weighted, or that is of survival.
+    """One line for each task whose classes are weighted, that is of survival, or whose classes look like numbers.
 
     Args:
         targets: of the training slides.
@@ -58,4 +58,12 @@ def describe_tasks(
             if task.edges:
                 line += f", intervals divided at {', '.join(f'{edge:.4g}' for edge in task.edges)}"
             lines.append(line)
+        elif task.kind == "multiclass":
+            seen = torch.bincount(targets[task.name].clamp_min(-1) + 1, minlength=len(task.classes) + 1)[1:]
+            lone = int((seen == 1).sum())
+            if 2 * lone > len(task.classes):  # months or ages, taken for classes
+                lines.append(
+                    f"task {task.name}: {lone} of its {len(task.classes)} classes have a single training slide; "
+                    f"is {task.columns[0]!r} a column of classes? Survival: kind: survival"
+                )
     return lines

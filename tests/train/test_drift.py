@@ -141,6 +141,10 @@ def test_an_encoder_at_rest_is_not_looked_at(tiny_cohort: Path, tmp_path: Path) 
         (["memory.refresh=9", "memory.max_refresh=8"], r"memory\.max_refresh=8: less than memory\.refresh=9"),
         (["memory.drift_limit=0", "memory.max_refresh=8"], r"memory\.max_refresh is for the drift guard"),
         (["memory.mode=exact", "memory.max_refresh=8"], r"no use with memory\.mode=exact"),
+        (
+            ["memory.mode=exact", "run.probe_every=2"],
+            r"run\.probe_every compares a memory mode with the exact",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -126,7 +127,14 @@ def test_train_encode_and_heatmap_commands(tiny_cohort, tmp_path, capsys):
     encoded = SlideEmbeddings.load(tmp_path / "e.safetensors")
     assert encoded.embedding.shape == (10, 16)
     assert encoded.logits["kind"].shape == (10, 2)
-    assert main(["heatmap", run, *common, "--slide", "s3", "--out", str(tmp_path / "maps")]) == 0
+    assert main(["heatmap", run, *common, "--slide", "s3", "--out", str(tmp_path / "maps"), "--geojson"]) == 0
+    squares = json.loads((tmp_path / "maps" / "s3.geojson").read_text())["features"]
+    assert list(squares[0]["properties"]["measurements"]) in (["kind dots"], ["kind stripes"])
+    assert main(["codewords", run, *common, "--out", str(tmp_path / "sheets"), "--count", "3"]) == 0
+    assert (tmp_path / "sheets" / "codewords_000.png").exists()
+    rows = (tmp_path / "sheets" / "codewords.csv").read_text().splitlines()
+    assert rows[0] == "codeword,tiles,rank,slide_id,tile,x,y,distance"
+    assert sum(int(row.split(",")[1]) for row in rows[1:] if row.split(",")[2] == "0") == 243
     assert len(list((tmp_path / "maps").glob("s3_*.png"))) == 2
     assert (
         main(["heatmap", run, *common, "--slide", "s3", "--task", "nope", "--out", str(tmp_path / "maps")])

@@ -119,5 +119,35 @@ def test_a_cohort_of_one_case(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_resumes_as_it_was(tiny_cohort: Path, tmp_path: Path, mode: str) -> None:
-    config = tiny_config(tiny_cohort, f"memory.mode={mode}", "memory.retrieved=6", "run.probe_every=3")
+    probe = f"run.probe_every={0 if mode == 'exact' else 3}"
+    config = tiny_config(tiny_cohort, f"memory.mode={mode}", "memory.retrieved=6", probe)
     assert_resumes(config, tmp_path, step=4)
+
+
+def test_the_validation_loss_is_that_of_the_run(tmp_path: Path) -> None:
+    """Parts by their weights; a task that no validation slide has a label of is said, and has none."""
+    cohort = write_cohort(tmp_path)
+    lines = [line.split(",") for line in cohort.read_text().splitlines()]
+    blind = [",".join([*line[:4], "" if line[5] == "val" else line[4], line[5]]) for line in lines]
+    cohort.write_text("\n".join(blind) + "\n")
+    tasks = "loss.tasks=[{name: kind, weight: 0.25}, {name: EGFR, kind: binary, weight: 3}]"
+    config = tiny_config(tmp_path, tasks, "loss.contrastive_weight=0.5", "optim.epochs=1")
+    with pytest.warns(UserWarning, match="task 'EGFR': no validation slide has a label"):
+        out = Trainer(config, tmp_path / "run").fit()
+    last = read_metrics(out / "metrics.jsonl")[-1]
+    assert not [key for key in last if key.startswith("val_") and "EGFR" in key]
+    total = 0.5 * last["val_loss_contrastive"] + 0.25 * last["val_loss_kind"]
+    assert last["val_loss"] == pytest.approx(total)
+    assert last["val_score"] == pytest.approx(last["val_auc_kind"] - 1e-3 * total)
+
+
+def test_more_live_tiles_than_any_slide_has(tiny_cohort: Path, tmp_path: Path) -> None:
+    """25 tiles a slide: a million live tiles are these, and take no room for the others."""
+    losses = []
+    for live in (25, 10**6):
+        trainer = Trainer(
+            tiny_config(tiny_cohort, f"memory.live={live}", "optim.epochs=1"), tmp_path / str(live)
+        )
+        losses.append([row["loss"] for row in steps(trainer.fit())])
+        assert trainer.planner.plan(0).tiles.shape == (6, 25)
+    assert losses[0] == losses[1]

@@ -118,6 +118,15 @@ def test_class_weights_come_from_the_training_slides_and_are_shown(survival_coho
     assert "task EGFR: weight of positive labels EGFR 1" in said
 
 
+def test_times_taken_for_classes_are_noticed(survival_cohort, tmp_path, capsys):
+    config = settings(survival_cohort, "{name: months}", "optim.epochs=1", "data.val_split=null")
+    Trainer(config, tmp_path / "run").fit()
+    said = capsys.readouterr().err
+    assert re.search(
+        r"task months: \d of its \d classes have a single training slide; is 'months' a column", said
+    )
+
+
 def test_a_hazard_run_goes_on_as_if_never_stopped(survival_cohort, tmp_path):
     config = settings(survival_cohort, HAZARD, "optim.epochs=2")
     whole = Trainer(config, tmp_path / "whole").fit()

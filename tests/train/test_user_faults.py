@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import builtins
 import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,21 @@ def test_settings_may_stand_around_the_options(tiny_cohort, tmp_path, capsys):
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_settings_have_no_dashes(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--out", "a", "--optim.epochs=3"])
+    assert "settings are written without dashes: section.key=value" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_early_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dre_fast.cli", "train", "--print-config"]
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="'gpu': must be auto, cpu, cuda"):
         pick_device("gpu")
@@ -62,6 +80,12 @@ def test_a_device_that_is_not_there():
         (["data.workers=-1"], r"data\.workers"),
         (["data.stain=.nan"], r"data\.stain"),
         (["memory.grad_scale=.inf"], r"memory\.grad_scale"),
+        (["loss.contrastive_weight=-1"], r"loss\.contrastive_weight=-1\.0: must be a number >= 0"),
+        (["loss.tasks=[{name: kind, weight: -0.5}]"], r"loss\.tasks\[kind\]\.weight=-0\.5: must be"),
+        (["loss.tasks=[{name: kind, weight: .nan}]"], r"loss\.tasks\[kind\]\.weight=nan: must be"),
+        (["loss.contrastive_weight=0", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
+        (["loss.contrastive=null", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
+        (["memory.mode=exact", "memory.grad_scale=unbiased"], r"memory\.grad_scale=unbiased scales"),
         (["loss.tasks=[{name: type, columns: [kind]}]"], r"'type' cannot name.*columns: \[type\]"),
         (["loss.tasks=[{name: p.53, columns: [kind]}]"], r"'p\.53' cannot name"),
     ],
@@ -79,6 +103,19 @@ def test_a_config_that_is_no_config(tmp_path):
     with pytest.raises(ConfigError, match=r"binary\.yaml: not readable"):
         load_config(tmp_path / "binary.yaml")
     assert main(["train", "--config", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+
+
+def test_a_file_that_is_not_there_or_not_of_its_kind(tiny_cohort, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file"):
+        load_config(tmp_path / "none.yaml")
+    assert main(["train", "--out", str(tmp_path / "none"), "--resume"]) == 2
+    assert "none holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    config = tiny_config(tiny_cohort, f"data.reports={tiny_cohort / 'cohort.csv'}")
+    with pytest.raises(
+        ValueError, match=r"cohort\.csv: cannot read .*; write them with dre-fast embed-reports"
+    ):
+        Trainer(config, tmp_path / "run")
 
 
 def test_splits_and_labels_that_cannot_work_are_refused_before_any_work(tiny_cohort, tmp_path):
