@@ -22,7 +22,7 @@ from dre_fast.nn.tile_encoders import build_tile_encoder
 from dre_fast.train.pretrain import save_encoder
 
 SLIDES = {"train": 1280, "val": 2, "test": 400}
-WITNESSES = 3  # of 256 tiles
+WITNESSES = 5  # of 484 tiles
 EPOCHS = 16
 ENCODER: dict[str, Any] = {"dim": 32, "width": 16}
 
@@ -47,13 +47,13 @@ def base(data: Path) -> dict[str, Any]:
             "depth": 1,
             "dropout": 0.2,
         },
-        "memory": {"live": 16, "retrieved": 192, "kmeans_iterations": 5},
+        "memory": {"live": 16, "retrieved": 384, "kmeans_iterations": 5},
         "loss": {"contrastive": None, "tasks": [{"name": "witness", "kind": "binary"}]},
         "optim": {
             "epochs": EPOCHS,
             "batch_size": 8,
             "lr": 2e-3,
-            "head_warmup_epochs": 2,
+            "head_warmup_epochs": 4,
             "weight_decay": 0.05,
         },
         "run": {

@@ -9,7 +9,9 @@ they had before. In units of the mean distance of a feature to its codeword, so 
 
 may be as large as ``limit * sqrt(a / cycle)``: ``limit`` over a whole refresh cycle, and over less what a random walk
 of that reach would cover, so that neither a rush nor a steady march passes. The largest ratio of the two over all ages
-kept, the load, sets a factor on the encoder's rate: it falls at once when the load is above 1, and rises slowly to 1.
+kept, the load, sets a factor on the encoder's rate: it falls when the load is above 1 and still grows, and rises slowly
+to 1 when it is below. A rush of the past keeps the load above 1 for a while, whatever the encoder does now: as long as
+the load shrinks the factor stays as it is.
 
 Source: dre_fast's own.
 """
@@ -68,15 +70,14 @@ class DriftGuard:
         """
         while len(self._kept) > 1 and step - self._kept[1][0] >= cycle:
             self._kept.popleft()  # the first one left is the last that is a whole cycle old
-        self.load = self.moved = 0.0
-        age = 0
+        former, self.load, self.moved, age = self.load, 0.0, 0.0, 0
         for then, before, reach in self._kept:
             far = float((features - before).square().sum(1).mean() / max(reach, 1e-12)) ** 0.5
             allowed = self.limit * min(1.0, (step - then) / cycle) ** 0.5
             self.load = max(self.load, far / allowed)
             if not age:
                 self.moved, age = far, step - then
-        if self._kept:
+        if self._kept and not 1 < self.load < former:
             change = min(_RISE, max(_FALL, 1 / max(self.load, 1e-12)))
             self.factor = min(1.0, max(_FLOOR, self.factor * change))
         if not self._kept or step - self._kept[-1][0] >= cycle / _KEPT:
@@ -87,11 +88,12 @@ class DriftGuard:
         """All that it has seen; tensors and plain values."""
         return {
             "factor": self.factor,
+            "load": self.load,
             "began": self.began,
             "kept": [(step, features, reach) for step, features, reach in self._kept],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self.factor, self.began = state["factor"], state["began"]
+        self.factor, self.load, self.began = state["factor"], state["load"], state["began"]
         self._kept = deque(tuple(item) for item in state["kept"])

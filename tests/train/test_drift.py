@@ -60,6 +60,23 @@ def test_after_a_rush_the_rate_comes_back() -> None:
     assert guard.factor == 1.0
 
 
+def test_a_rush_of_the_past_does_not_stop_the_encoder() -> None:
+    """One jump to 1.2 times the limit keeps the load above 1 until it is 43 steps old; the encoder rests."""
+    guard = DriftGuard(1.0, every=5)
+    at = torch.zeros(64, 8)
+    guard.look(0, at, 1.0, 100.0)
+    guard.factor = 1.0
+    loads, factors = [], []
+    for step in range(30, 80, 5):
+        found = guard.look(step, at + (1.2 * 0.3**0.5) / 8**0.5, 1.0, 100.0)
+        loads.append(found["load"])
+        factors.append(found["factor"])
+    assert loads[0] == pytest.approx(1.2, rel=1e-5)
+    assert loads[2] > 1
+    assert factors[0] == pytest.approx(1 / 1.2, rel=1e-5)
+    assert min(factors) == factors[0]  # cut once, not at every look until the jump is old enough
+
+
 def test_distances_are_in_units_of_those_to_the_codewords() -> None:
     before, after = torch.zeros(5, 3), torch.full((5, 3), 0.1)
     found = {}
