@@ -22,7 +22,7 @@ from dre_fast.nn.tile_encoders import build_tile_encoder
 from dre_fast.train.pretrain import save_encoder
 
 SLIDES = {"train": 1280, "val": 2, "test": 400}
-WITNESSES = 5  # of 484 tiles
+WITNESSES = 4  # of 484 tiles
 EPOCHS = 16
 ENCODER: dict[str, Any] = {"dim": 32, "width": 16}
 
