@@ -112,15 +112,16 @@ class Group:
     def outputs(self, out: SlideOutput) -> SlideOutput:
         """The outputs of all processes for the slides of a batch, by rank; one's own with their gradient.
 
+        In fp32, as the losses take them: under autocast a process without slides has no other dtype to send.
         ``residuals`` and ``live`` stay those of this process: they are not needed by any loss.
         """
         if self.world == 1:
             return out
         counts = self._counts(len(out.embedding))
         return SlideOutput(
-            self._join(out.embedding, counts),
-            None if out.report is None else self._join(out.report, counts),
-            {name: self._join(logits, counts) for name, logits in out.logits.items()},
+            self._join(out.embedding.float(), counts),
+            None if out.report is None else self._join(out.report.float(), counts),
+            {name: self._join(logits.float(), counts) for name, logits in out.logits.items()},
             out.residuals,
             out.live,
         )

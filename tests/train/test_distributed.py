@@ -159,6 +159,26 @@ def test_the_same_run_in_1_2_and_4_processes(cohort: Path, tmp_path: Path) -> No
         assert len({row["loss"] for row in steps}) == 9
 
 
+@pytest.mark.slow
+def test_half_precision_where_a_process_has_no_slides(cohort: Path, tmp_path: Path) -> None:
+    """Its empty outputs are fp32 and those of the others bf16: they are gathered as one dtype."""
+    (tmp_path / "job.py").write_text(JOB)
+    more = ("optim.amp=bf16", "run.shards=2", "optim.batch_size=2", "optim.epochs=1", "run.probe_every=0")
+    config = config_of(cohort, tmp_path / "c.yaml", *more)
+    Trainer(load_config(config), tmp_path / "one").fit()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [sys.executable, *torchrun, str(tmp_path / "job.py"), str(config), str(tmp_path / "two")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    finish(job)
+    one, two = log(tmp_path / "one", "step"), log(tmp_path / "two", "step")
+    assert [row["tiles"] for row in one] == [8, 8, 8, 8, 4]  # one slide in the last step, of the first process
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-2)
+
+
 NORMALISED = """
 import gc
 import sys
