@@ -86,6 +86,8 @@ def test_a_device_that_is_not_there():
         (["loss.contrastive_weight=0", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
         (["loss.contrastive=null", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
         (["memory.mode=exact", "memory.grad_scale=unbiased"], r"memory\.grad_scale=unbiased scales"),
+        (["memory.mode=none", "memory.grad_scale=unbiased"], r"memory\.grad_scale=unbiased has no use"),
+        (["memory.grad_scale=0"], r"memory\.grad_scale=0 leaves the encoder nothing to learn"),
         (["loss.tasks=[{name: type, columns: [kind]}]"], r"'type' cannot name.*columns: \[type\]"),
         (["loss.tasks=[{name: p.53, columns: [kind]}]"], r"'p\.53' cannot name"),
     ],
