@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from dre_fast.nn.model import SlideOutput
 
 T = TypeVar("T")
+# The others wait while the first process decodes a cohort into its cache, or one fills a bank of more tiles. torch's
+# own ten to thirty minutes would end such runs; that a process has died is seen, and said, by torchrun.
+LONGEST_WAIT = timedelta(days=2)
 
 
 class Group:
@@ -41,7 +45,9 @@ class Group:
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT
+            )
             self._ours = True
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dre_fast.data.coords import write_coords
 from dre_fast.data.slides import open_slide
 from dre_fast.data.tiling import tile_slide
 from dre_fast.train.config import Config, ConfigError, load_config, save_config
+from dre_fast.train.distributed import Group
 from dre_fast.train.loop import Trainer
 from dre_fast.train.samplers import steps_per_epoch, visits
 from dre_fast.train.shards import deal_slides, shards_of, with_shards
@@ -269,6 +271,18 @@ def _workers(launcher: int) -> list[int]:
         if parent == launcher:
             found.append(int(entry.name))
     return sorted(found)
+
+
+def test_processes_wait_for_one_that_fills_its_cache_or_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own patience is half an hour with gloo and ten minutes with NCCL; a cohort takes longer to decode."""
+    asked: list[timedelta] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout: asked.append(timeout))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert Group(torch.device("cpu")).world == 2
+    assert asked[0] >= timedelta(days=1)
 
 
 def test_slides_are_dealt_evenly_and_for_good() -> None:
