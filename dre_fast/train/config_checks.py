@@ -53,7 +53,9 @@ def check_config(config: Config) -> None:
             "gradient; set memory.grad_scale=none"
         )
     if config.memory.grad_scale == 0:
-        raise ConfigError("memory.grad_scale=0 leaves the encoder nothing to learn: set optim.freeze_encoder=true")
+        raise ConfigError(
+            "memory.grad_scale=0 leaves the encoder nothing to learn: set optim.freeze_encoder=true"
+        )
     if config.memory.mode == "exact" and config.run.probe_every:
         raise ConfigError(
             "run.probe_every compares a memory mode with the exact gradient, which is what memory.mode=exact takes: "

@@ -177,7 +177,13 @@ def test_half_precision_where_a_process_has_no_slides(cohort: Path, tmp_path: Pa
     )
     finish(job)
     one, two = log(tmp_path / "one", "step"), log(tmp_path / "two", "step")
-    assert [row["tiles"] for row in one] == [8, 8, 8, 8, 4]  # one slide in the last step, of the first process
+    assert [row["tiles"] for row in one] == [
+        8,
+        8,
+        8,
+        8,
+        4,
+    ]  # one slide in the last step, of the first process
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-2)
 
 
