@@ -207,9 +207,12 @@ def sort_classes(values: Iterable[str]) -> tuple[str, ...]:
     """Distinct class names in a stable order: by number when all are numbers, else alphabetically."""
     names = set(values)
     try:
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
+        numbers = {name: float(name) for name in names}
     except ValueError:
         return tuple(sorted(names))
+    if any(math.isnan(number) for number in numbers.values()):  # no place among numbers: any order would do
+        return tuple(sorted(names))
+    return tuple(sorted(names, key=lambda name: (numbers[name], name)))
 
 
 def encode_task(task: Task, slide_ids: Sequence[str], labels: Sequence[dict[str, str | None]]) -> Tensor:

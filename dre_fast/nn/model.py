@@ -50,8 +50,9 @@ class DRESLCL(nn.Module):
         memory: ``"full"`` (every written row of the slide, through its running sums; an aggregator of rows reads them
             all, at a cost that grows with the slide), an int r (r rows retrieved from the bank, the paper's mode) or
             ``"none"`` (live tiles only).
-        grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = n_s/m with m the
-            slots in use, or a float.
+        grad_scale: factor on the gradient of the live features: ``"none"`` = 1, ``"unbiased"`` = rows that the slide's
+            summary is of, n_s or with r retrieved ones min(n_s, m + r), over the m slots in use; or a float. Over the
+            visits of a slide the mean is then the gradient through all its rows, whose features are those of now.
         normalize: normalisations of V in the order intra, power, l2.
 
     Raises:
@@ -169,8 +170,12 @@ class DRESLCL(nn.Module):
         if self.grad_scale == "none":
             return live
         if self.grad_scale == "unbiased":
-            used = (tiles >= 0).sum(1).clamp(min=1)
-            factor = (self.bank.length[slides] / used).to(live.dtype)[:, None, None]
+            # what reads V or the rows is blind to how many there are, so n_s/m would be too much for a part of them
+            used = (tiles >= 0).sum(1)
+            rows = self.bank.length[slides]
+            if self.memory != "full":
+                rows = torch.minimum(rows, used + (self.memory if isinstance(self.memory, int) else 0))
+            factor = (rows / used.clamp(min=1)).to(live.dtype)[:, None, None]
         else:
             factor = torch.tensor(float(self.grad_scale), dtype=live.dtype, device=live.device)
         return (

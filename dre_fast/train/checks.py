@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,12 +55,14 @@ def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:
     """Training and validation slides of a cohort; the latter empty without ``data.val_split``.
 
     Raises:
-        ValueError: no slide is in a split; says which setting does without it.
+        ValueError: no slide is in a split; says which setting does without it. One slide file, under two names, is in
+            the training split and in another.
     """
     try:
         train = cohort.subset(data.train_split).records
     except CohortError as error:
         raise CohortError(f"{error}; data.train_split=null trains on every slide") from error
+    _refuse_trained_files(cohort, train)
     if not data.val_split:
         return train, ()
     try:
@@ -68,9 +71,24 @@ def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:
         raise CohortError(f"{error}; data.val_split=null does without validation") from error
 
 
+def _refuse_trained_files(cohort: Cohort, train: Records) -> None:
+    """A file that is trained on under one name must not be judged under another."""
+    trained = {os.path.realpath(record.path): record for record in train if record.path is not None}
+    ids = {record.slide_id for record in train}
+    for record in cohort.records:
+        if record.path is None or record.split is None or record.slide_id in ids:
+            continue
+        other = trained.get(os.path.realpath(record.path))
+        if other is not None:
+            raise CohortError(
+                f"{cohort.source}, column 'path': slides {other.slide_id!r} ({other.split}) and {record.slide_id!r} "
+                f"({record.split}) are the same file, {record.path}; take one out, or give them one split and case_id"
+            )
+
+
 def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -> None:
-    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen
-    and of tasks that validation cannot judge.
+    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen, of yes-or-no columns
+    of one answer, and of tasks that validation cannot judge.
 
     Raises:
         ValueError: a label column without a label among the training slides, or validation slides with neither label
@@ -88,6 +106,15 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
                     f"task {task.name!r}: no training slide is {' or '.join(unseen)}; it will never be predicted",
                     stacklevel=2,
                 )
+        elif task.kind != "survival":
+            for i, column in enumerate(task.columns):
+                seen = target[:, i][labelled(target[:, i])].unique()
+                if len(seen) == 1:
+                    warnings.warn(
+                        f"task {task.name!r}, column {column!r}: every training slide with a label is "
+                        f"{(task.classes or ('negative', 'positive'))[int(seen)]}, so there is nothing to tell apart",
+                        stacklevel=2,
+                    )
         if val is not None and not labelled(val.targets[task.name]).any():
             warnings.warn(
                 f"task {task.name!r}: no validation slide has a label; it has no part in picking the best epoch",

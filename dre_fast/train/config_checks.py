@@ -47,6 +47,15 @@ def check_config(config: Config) -> None:
             f"memory.grad_scale={config.memory.grad_scale} scales the gradient of some live tiles; with "
             "memory.mode=exact it is that of all: set memory.grad_scale=none"
         )
+    if config.memory.mode == "none" and config.memory.grad_scale == "unbiased":
+        raise ConfigError(
+            "memory.grad_scale=unbiased has no use with memory.mode=none: a slide is its live tiles, and all have their "
+            "gradient; set memory.grad_scale=none"
+        )
+    if config.memory.grad_scale == 0:
+        raise ConfigError(
+            "memory.grad_scale=0 leaves the encoder nothing to learn: set optim.freeze_encoder=true"
+        )
     if config.memory.mode == "exact" and config.run.probe_every:
         raise ConfigError(
             "run.probe_every compares a memory mode with the exact gradient, which is what memory.mode=exact takes: "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from dre_fast.nn.model import SlideOutput
 
 T = TypeVar("T")
+# The others wait while the first process decodes a cohort into its cache, or one fills a bank of more tiles. torch's
+# own ten to thirty minutes would end such runs; that a process has died is seen, and said, by torchrun.
+LONGEST_WAIT = timedelta(days=2)
 
 
 class Group:
@@ -41,7 +45,9 @@ class Group:
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT
+            )
             self._ours = True
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
@@ -112,15 +118,16 @@ class Group:
     def outputs(self, out: SlideOutput) -> SlideOutput:
         """The outputs of all processes for the slides of a batch, by rank; one's own with their gradient.
 
+        In fp32, as the losses take them: under autocast a process without slides has no other dtype to send.
         ``residuals`` and ``live`` stay those of this process: they are not needed by any loss.
         """
         if self.world == 1:
             return out
         counts = self._counts(len(out.embedding))
         return SlideOutput(
-            self._join(out.embedding, counts),
-            None if out.report is None else self._join(out.report, counts),
-            {name: self._join(logits, counts) for name, logits in out.logits.items()},
+            self._join(out.embedding.float(), counts),
+            None if out.report is None else self._join(out.report.float(), counts),
+            {name: self._join(logits.float(), counts) for name, logits in out.logits.items()},
             out.residuals,
             out.live,
         )

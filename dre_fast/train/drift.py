@@ -70,6 +70,8 @@ class DriftGuard:
         """
         while len(self._kept) > 1 and step - self._kept[1][0] >= cycle:
             self._kept.popleft()  # the first one left is the last that is a whole cycle old
+        if self._kept and self._kept[-1][1].shape != features.shape:
+            self._kept.clear()  # since the run was resumed, other slides can be read: these are not the same tiles
         former, self.load, self.moved, age = self.load, 0.0, 0.0, 0
         for then, before, reach in self._kept:
             far = float((features - before).square().sum(1).mean() / max(reach, 1e-12)) ** 0.5

@@ -43,6 +43,8 @@ from dre_fast.train.supervision import describe_tasks
 from dre_fast.train.tile_scales import scales_seen
 from dre_fast.train.writer import BankWriter
 
+_LEAST_SCALE = 1e-4  # of fp16 gradients; a scaler begins at 65,536
+
 
 class Trainer:
     """One run in one folder. ``fit()`` trains, or resumes where the last checkpoint stands.
@@ -345,9 +347,8 @@ class Trainer:
         self.group.add_gradients(parameters, list(self.objective.parameters()))
         self.scaler.unscale_(self.optimizer)
         lengths = clip_gradients(self.optimizer.param_groups, self.config.optim.grad_clip)
-        if (
-            not self.scaler.is_enabled()
-        ):  # the scaler leaves such steps out; any other would spoil the weights
+        # the scaler leaves such steps out and lowers its scale; once that is this small it was not the cause
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < _LEAST_SCALE:
             self._require_finite("gradient", lengths, numbers)
         self.scaler.step(self.optimizer)
         self.scaler.update()

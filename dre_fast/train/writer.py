@@ -121,13 +121,25 @@ class BankWriter:
         slide_of, tile_of = torch.cat(slide)[oldest], torch.cat(tile)[oldest]
         for s in slide_of.unique().tolist():  # a slide at a time, as they are read
             for chosen in tile_of[slide_of == s].sort().values.split(self.chunk):
-                images = read_or_error(self.slides.reader, s, chosen)
-                if isinstance(images, ValueError):
-                    if self.data.on_error == "stop":
-                        raise images
-                    warnings.warn(f"rows not renewed: {images}", stacklevel=2)
-                    continue
-                self.keep(s, chosen, self._encode(images), step=step)
+                there, images = self._readable(s, chosen)
+                if len(there):
+                    self.keep(s, there, self._encode(images), step=step)
+
+    def _readable(self, slide: int, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Tiles int64 [c] that can be read, with their images: one that cannot must not keep the others from it."""
+        images = read_or_error(self.slides.reader, slide, tiles)
+        if isinstance(images, Tensor):
+            return tiles, images
+        if self.data.on_error == "stop":
+            raise images
+        if len(tiles) == 1:
+            warnings.warn(f"row not renewed: {images}", stacklevel=4)
+            return tiles[:0], torch.empty(0)
+        halves = [self._readable(slide, half) for half in tiles.tensor_split(2)]
+        there = [half for half in halves if len(half[0])]
+        if not there:
+            return tiles[:0], torch.empty(0)
+        return torch.cat([own for own, _ in there]), torch.cat([own for _, own in there])
 
     @torch.no_grad()
     def live(self, slides: Tensor, tiles: Tensor, images: Tensor, features: Tensor, *, step: int) -> None:

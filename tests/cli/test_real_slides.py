@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ CASE = "TCGA-CR-7395"
 
 @pytest.fixture
 def cohort(test_data: Path, tmp_path: Path) -> Path:
-    """Two real slides, each twice under different names (so that there is something to contrast), real reports."""
+    """Two real slides, each twice, a copy to validate on (so that there is something to contrast), real reports."""
     with open(test_data / "reports" / "tcga_reports.csv", newline="", encoding="utf-8") as file:
         texts = [(row["patient_filename"][:12], row["text"]) for row in csv.DictReader(file)]
     (tmp_path / "report.txt").write_text(texts[0][1], encoding="utf-8")
     slides = test_data / "slides"
+    names = ("CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs")
+    other = {name: shutil.copyfile(slides / name, tmp_path / name) for name in names}
     rows = [
         ("CMU-1-A", "cmu-a", slides / "CMU-1-Small-Region.svs", "report.txt", "skin", "1", "train"),
         (
@@ -32,8 +35,8 @@ def cohort(test_data: Path, tmp_path: Path) -> Path:
             "WT",
             "train",
         ),
-        ("CMU-1-B", "cmu-b", slides / "CMU-1-Small-Region.svs", texts[2][1], "skin", "", "val"),
-        ("TCGA-CR-7396-01A", "", slides / "TCGA-CR-7395-01A-01-TS1.svs", texts[3][1], "head", "G12C", "val"),
+        ("CMU-1-B", "cmu-b", other["CMU-1-Small-Region.svs"], texts[2][1], "skin", "", "val"),
+        ("TCGA-CR-7396-01A", "", other["TCGA-CR-7395-01A-01-TS1.svs"], texts[3][1], "head", "G12C", "val"),
     ]
     with open(tmp_path / "cohort.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

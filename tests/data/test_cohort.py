@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dre_fast.data.cohort import Cohort, CohortError, LabelError, SlideRecord, Task, case_of
-from dre_fast.data.tasks import truth_value
+from dre_fast.data.tasks import sort_classes, truth_value
 
 HEADER = "slide_id,case_id,path,report,subtype,EGFR,TP53,split,fold"
 
@@ -272,6 +272,14 @@ def test_classes_in_number_order(tmp_path):
         cohort.label_values("x1")
     with pytest.raises(CohortError, match=r"no label column 'x1' \(task 't'\)"):
         cohort.encode(Task("t", columns=["x1"]))
+
+
+def test_classes_with_a_nan_among_them_have_one_order():
+    """A NaN is neither below nor above a number: sorted by number, the order would be that of a set's hashes."""
+    names = ["2", "nan", "1", "10", "3"]
+    orders = {sort_classes(names[i:] + names[:i]) for i in range(5)}
+    assert orders == {("1", "10", "2", "3", "nan")}
+    assert sort_classes(["2", "10", "1"]) == ("1", "2", "10")
 
 
 def test_a_column_with_one_class_is_no_task(tmp_path):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from dre_fast.nn.aggregators import AGGREGATORS
 from dre_fast.nn.bank import MemoryBank
 from dre_fast.nn.model import DRESLCL
 from dre_fast.nn.slide_encoder import SlideEncoder
@@ -73,6 +75,35 @@ def test_grad_scale_multiplies_the_gradient_of_each_slides_live_tiles(grad_scale
     scaled, same = gradient(grad_scale)
     torch.testing.assert_close(logits, same)
     torch.testing.assert_close(scaled, plain * factor[:, None, None])
+
+
+@pytest.mark.parametrize("aggregator", ["residual", "mean", "abmil"])
+@pytest.mark.parametrize(("memory", "rel"), [("full", 1e-3), (16, 0.2)])
+def test_unbiased_gradients_have_the_mean_of_the_whole_one(aggregator: str, memory: str | int, rel: float):
+    """Over 5 passes of a slide whose bank is up to date; 16 rows retrieved make a summary that varies."""
+    torch.manual_seed(0)
+    n, m, width = 48, 4, 8
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    images = torch.rand(n, 3, 2, 2)
+    features = F.normalize(encoder(images), dim=1).detach()
+    bank = MemoryBank([n], 6, codebook=features[:3] + 0.1, dtype="float32")
+    bank.write(torch.zeros(n, dtype=torch.int64), torch.arange(n), features, step=0)
+    reader = SlideEncoder(6, 3, width=width, depth=1, heads=2)
+    if aggregator != "residual":
+        reader = AGGREGATORS[aggregator](6, width)
+    model = DRESLCL(encoder, bank, reader, tasks={"t": 2}, memory=memory, grad_scale="unbiased").eval()
+
+    def gradient(out) -> torch.Tensor:
+        loss = F.cross_entropy(out.logits["t"], torch.tensor([1]))
+        return torch.autograd.grad(loss, encoder[1].weight)[0]
+
+    whole = gradient(model.encode_bags(encoder(images)))
+    slide, mean = torch.tensor([0]), torch.zeros_like(whole)
+    visits = 5 * n // m
+    for visit in range(visits):
+        tiles = bank.sample(slide, m, visit, seed=0)
+        mean += gradient(model(images[tiles[0]][None], slide, tiles, visit=visit, seed=0)) / visits
+    assert float((mean * whole).sum() / whole.square().sum()) == pytest.approx(1, rel=rel)
 
 
 @pytest.mark.parametrize("memory", ["full", 3, "none"])

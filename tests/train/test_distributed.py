@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dre_fast.data.coords import write_coords
 from dre_fast.data.slides import open_slide
 from dre_fast.data.tiling import tile_slide
 from dre_fast.train.config import Config, ConfigError, load_config, save_config
+from dre_fast.train.distributed import Group
 from dre_fast.train.loop import Trainer
 from dre_fast.train.samplers import steps_per_epoch, visits
 from dre_fast.train.shards import deal_slides, shards_of, with_shards
@@ -159,6 +161,32 @@ def test_the_same_run_in_1_2_and_4_processes(cohort: Path, tmp_path: Path) -> No
         assert len({row["loss"] for row in steps}) == 9
 
 
+@pytest.mark.slow
+def test_half_precision_where_a_process_has_no_slides(cohort: Path, tmp_path: Path) -> None:
+    """Its empty outputs are fp32 and those of the others bf16: they are gathered as one dtype."""
+    (tmp_path / "job.py").write_text(JOB)
+    more = ("optim.amp=bf16", "run.shards=2", "optim.batch_size=2", "optim.epochs=1", "run.probe_every=0")
+    config = config_of(cohort, tmp_path / "c.yaml", *more)
+    Trainer(load_config(config), tmp_path / "one").fit()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [sys.executable, *torchrun, str(tmp_path / "job.py"), str(config), str(tmp_path / "two")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    finish(job)
+    one, two = log(tmp_path / "one", "step"), log(tmp_path / "two", "step")
+    assert [row["tiles"] for row in one] == [
+        8,
+        8,
+        8,
+        8,
+        4,
+    ]  # one slide in the last step, of the first process
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-2)
+
+
 NORMALISED = """
 import gc
 import sys
@@ -249,6 +277,18 @@ def _workers(launcher: int) -> list[int]:
         if parent == launcher:
             found.append(int(entry.name))
     return sorted(found)
+
+
+def test_processes_wait_for_one_that_fills_its_cache_or_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own patience is half an hour with gloo and ten minutes with NCCL; a cohort takes longer to decode."""
+    asked: list[timedelta] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout: asked.append(timeout))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert Group(torch.device("cpu")).world == 2
+    assert asked[0] >= timedelta(days=1)
 
 
 def test_slides_are_dealt_evenly_and_for_good() -> None:

@@ -91,6 +91,19 @@ def test_distances_are_in_units_of_those_to_the_codewords() -> None:
     assert found[0.01]["factor"] < found[1.0]["factor"]
 
 
+def test_other_tiles_after_a_resume_are_a_new_start() -> None:
+    """A slide that could be read before, and cannot now, leaves fewer tiles."""
+    guard = DriftGuard(1.0, 1)
+    guard.look(0, torch.zeros(6, 2), 1.0, 10.0)
+    guard.look(1, torch.full((6, 2), 9.0), 1.0, 10.0)
+    factor = guard.factor
+    resumed = DriftGuard(1.0, 1)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed.look(2, torch.zeros(5, 2), 1.0, 10.0)["load"] == 0.0
+    assert resumed.factor == factor
+    assert resumed.look(3, torch.full((5, 2), 9.0), 1.0, 10.0)["load"] > 1
+
+
 def test_one_cycle_is_kept_and_no_more_than_64_of_it() -> None:
     guard = DriftGuard(1.0, every=1)
     for step in range(2000):

@@ -86,6 +86,8 @@ def test_a_device_that_is_not_there():
         (["loss.contrastive_weight=0", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
         (["loss.contrastive=null", "loss.tasks=[{name: kind, weight: 0}]"], "are all 0"),
         (["memory.mode=exact", "memory.grad_scale=unbiased"], r"memory\.grad_scale=unbiased scales"),
+        (["memory.mode=none", "memory.grad_scale=unbiased"], r"memory\.grad_scale=unbiased has no use"),
+        (["memory.grad_scale=0"], r"memory\.grad_scale=0 leaves the encoder nothing to learn"),
         (["loss.tasks=[{name: type, columns: [kind]}]"], r"'type' cannot name.*columns: \[type\]"),
         (["loss.tasks=[{name: p.53, columns: [kind]}]"], r"'p\.53' cannot name"),
     ],
@@ -153,6 +155,12 @@ def test_splits_and_labels_that_cannot_work_are_refused_before_any_work(tiny_coh
             ),
             tmp_path / "one",
         )
+    with pytest.warns(UserWarning, match="column 'EGFR': every training slide with a label is positive"):
+        Trainer(tiny_config(root, table(root, "yes.csv", lambda r: {**r, "EGFR": "1"})), tmp_path / "yes")
+    refused(
+        r"column 'path': slides 's0' \(train\) and 's9' \(val\) are the same file",
+        table(root, "twice.csv", lambda r: {**r, "path": "./s0.npy"} if r["slide_id"] == "s9" else r),
+    )
     both = Trainer(
         tiny_config(root, unsplit, "data.train_split=null", "data.val_split=null"), tmp_path / "all"
     )
@@ -267,6 +275,22 @@ def test_divergence_never_reaches_a_checkpoint(tiny_cohort, tmp_path, monkeypatc
     state = on_disk.load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == 1
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+
+
+def test_half_precision_that_never_gives_a_finite_gradient_is_told(tiny_cohort, tmp_path, monkeypatch):
+    """A scale that is too large leaves steps out; where none is small enough, the run would end without a step."""
+    trainer = Trainer(tiny_config(tiny_cohort, "optim.amp=fp16"), tmp_path / "run")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
+    original = Objective.forward
+
+    def poisoned(self, out, slides):
+        total, parts = original(self, out, slides)
+        total.register_hook(lambda gradient: gradient * float("nan"))
+        return total, parts
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 2"):
+        trainer.fit()
 
 
 def test_an_encoder_that_gives_nan_is_told_by_slide_and_tile(tiny_cohort, tmp_path):

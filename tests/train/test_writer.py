@@ -8,6 +8,7 @@ import pytest
 import torch
 from train_cohort import assert_resumes, tiny_config
 
+from dre_fast.data.slides import SlideError
 from dre_fast.train.config import ConfigError
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
@@ -39,6 +40,23 @@ def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_
     assert (now[5:12] - expected).abs().max() < 0.01  # int8
     writer.renew(torch.tensor([0, 1]), live, 1000, step=10)
     assert [int((bank.ages(s) == 10).sum()) for s in (0, 1)] == [n[0] - 2, n[1] - 3]  # all but the live ones
+
+
+def test_a_tile_that_cannot_be_read_does_not_keep_the_others_old(tiny_cohort: Path, tmp_path: Path) -> None:
+    """It stays the oldest of its slide, and so is in every share of the budget."""
+    trainer = Trainer(tiny_config(tiny_cohort, *MOVING, "data.on_error=skip"), tmp_path / "run")
+    trainer.writer.fill()
+    read = trainer.train.reader.read
+
+    def damaged(slide: int, tiles: torch.Tensor) -> torch.Tensor:
+        if slide == 0 and 2 in tiles.tolist():
+            raise SlideError("slide s0, tile 2: damaged")
+        return read(slide, tiles)
+
+    trainer.train.reader.read = damaged  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="row not renewed: slide s0, tile 2: damaged"):
+        trainer.writer.renew(torch.tensor([0]), torch.tensor([[0]]), 6, step=3)
+    assert (trainer.model.bank.ages(0) == 3).nonzero().squeeze(1).tolist() == [1, 3, 4, 5, 6]
 
 
 def test_a_refresh_budget_makes_a_bank_younger(tiny_cohort: Path, tmp_path: Path) -> None:
