@@ -350,7 +350,14 @@ def _coords_folder(path: Path, count: int) -> PixelCoords | None:
 @contextlib.contextmanager
 def _zarr_array(path: Path, key: str | None = None) -> Iterator[Any]:
     root = _open_zarr(path)
-    yield root if key is None else root[key]
+    try:
+        yield root if key is None else root[key]
+    except BagError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # what the codecs raise
+        raise BagError(
+            f"{path}: {key or 'the array'} cannot be read ({error}); copy or extract it again"
+        ) from error
 
 
 def _open_zarr(path: Path) -> Any:
