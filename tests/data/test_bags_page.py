@@ -69,4 +69,4 @@ def test_the_messages_are_those_that_are_raised(tmp_path, monkeypatch):
 
 def test_every_layout_is_in_the_table():
     named = set(re.findall(r'"(\w+)"', Bag.__doc__.split("layout:")[1].split("\n")[0]))
-    assert named == set(re.findall(r"\| `(\w+)` \|$", PAGE, re.MULTILINE))
+    assert named == set(re.findall(r"^\| .* \| `(\w+)` \|$", PAGE, re.MULTILINE)) - {"layout"}
