@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+NATIVE := setup.py pyproject.toml $(wildcard native_build/*.py csrc/* csrc/*/*)
 
 .PHONY: demo test lint bench clean
 demo: $(VENV)/.demo
