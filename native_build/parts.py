@@ -155,7 +155,8 @@ def plan() -> tuple[list[Part], dict[str, Any]]:
     try:
         if switch("DRE_FAST_NATIVE") == "0":
             raise Missing(
-                "left out by DRE_FAST_NATIVE=0 at build time (a pure-Python wheel): build from source without it"
+                "left out of a pure-Python build (DRE_FAST_NATIVE=0): with a C++ compiler, "
+                "pip install --force-reinstall --no-deps . in a checkout of dre_fast"
             )
         chain = Toolchain(find_compiler(), find_torch())
     except Missing as reason:
