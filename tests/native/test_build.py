@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +18,11 @@ import torch
 
 from dre_fast.ops import native
 from native_build import find
+from native_build.check_wheel import problems
 from native_build.parts import plan
 
 ROOT = Path(__file__).resolve().parents[2]
+Build = Callable[..., subprocess.CompletedProcess[str]]
 CPU_TORCH = torch.version.cuda is None
 
 
@@ -39,40 +42,6 @@ def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of what the source distribution holds, without libraries built in place."""
-    copy = tmp_path / "checkout"
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "_build_status.json")
-    for name in ("csrc", "native_build", "dre_fast"):
-        shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    files = (
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "constraints.txt",
-    )
-    for name in files:
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-def build(checkout: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call a hook of the build backend (``build_wheel`` ...) as pip does; results go to checkout/out."""
-    (checkout / "out").mkdir(exist_ok=True)
-    call = f"import setuptools.build_meta as b; print(b.{hook}('out'))"
-    return subprocess.run(
-        [sys.executable, "-c", call],
-        cwd=checkout,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 def fake_torch(folder: Path, version: str, cuda: str | None, headers: bool = True) -> Path:
@@ -204,7 +173,7 @@ def test_what_was_built_here_is_on_record() -> None:
 
 
 @pytest.mark.slow
-def test_package_without_compiler_works(checkout: Path, tmp_path: Path) -> None:
+def test_package_without_compiler_works(checkout: Path, build: Build, tmp_path: Path) -> None:
     """A wheel made without a compiler is pure Python, imports, writes to a bank, and says what is missing."""
     (checkout / "dre_fast/_ops.so").write_bytes(b"left behind by an earlier build in place")
     done = build(checkout, "build_wheel", CXX="/nonexistent")
@@ -244,7 +213,7 @@ print(json.dumps([dre_fast.__file__, native.available(), native.why_not(), age.t
 
 
 @pytest.mark.slow
-def test_source_distribution_holds_the_sources(checkout: Path) -> None:
+def test_source_distribution_holds_the_sources(checkout: Path, build: Build) -> None:
     (checkout / "dre_fast/_ops.so").write_bytes(b"built in place")
     done = build(checkout, "build_sdist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
@@ -265,7 +234,7 @@ def test_source_distribution_holds_the_sources(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cuda_library_builds_and_links(checkout: Path, tmp_path: Path) -> None:
+def test_cuda_library_builds_and_links(checkout: Path, build: Build, tmp_path: Path) -> None:
     """With a CUDA torch in sight, DRE_FAST_CUDA=1 builds the CUDA library; no GPU is asked for."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc: there is none on PATH")
@@ -280,6 +249,7 @@ def test_cuda_library_builds_and_links(checkout: Path, tmp_path: Path) -> None:
         assert {"dre_fast/_ops.so", "dre_fast/_ops_cuda.so"} <= set(archive.namelist())
         record = json.loads(archive.read("dre_fast/_build_status.json"))
         archive.extract("dre_fast/_ops_cuda.so", tmp_path)
+    assert problems(wheel) == []
     assert record["cuda_archs"] == ["90"]
     assert record["why_not"] == {}
     undefined = subprocess.run(
