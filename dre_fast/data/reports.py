@@ -115,6 +115,12 @@ class ReportEmbeddings:
         if FORMAT in metadata:
             card = json.loads(metadata[FORMAT])
             return cls(card["case_ids"], tensors["embeddings"], card["model"], card["details"])
+        other = next((key for key in metadata if key.startswith(FORMAT.rstrip("0123456789"))), None)
+        if other:
+            raise ReportError(
+                f"{path}: written by another dre_fast (format {other}, this one reads {FORMAT}); upgrade dre_fast, or "
+                "write it again with dre-fast embed-reports"
+            )
         if TFIDF_FORMAT in metadata:
             raise ReportError(
                 f"{path}: this is a fitted tfidf-svd model, not embeddings; embed with --model {path} first"

@@ -14,7 +14,8 @@ from torch import Tensor
 from dre_fast.data.files import atomic_path, write_tensors
 
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
-_FORMAT = "dre_fast-checkpoint-3"
+CHECKPOINT_FORMAT = "dre_fast-checkpoint-3"
+MODEL_FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -26,7 +27,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             with open(temporary, "wb") as file:
-                torch.save({"format": _FORMAT, **state}, file)
+                torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
@@ -47,8 +48,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a dre_fast checkpoint of format {_FORMAT}")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: not a dre_fast checkpoint of format {CHECKPOINT_FORMAT}")
     return state
 
 
@@ -85,8 +86,11 @@ def deployable(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write a deployable model as safetensors with its card (config, tasks, dimensions) as JSON metadata."""
-    write_tensors(path, deployable(state), {"dre_fast": json.dumps(card)})
+    """Write a deployable model as safetensors with its card (config, tasks, dimensions) as JSON metadata.
+
+    The card's "format" is :data:`MODEL_FORMAT`.
+    """
+    write_tensors(path, deployable(state), {"dre_fast": json.dumps({"format": MODEL_FORMAT, **card})})
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,7 +98,7 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not written by :func:`save_model`.
+        ValueError: damaged, not written by :func:`save_model`, or by that of a newer dre_fast.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,7 +112,13 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
     if card is None:
         raise ValueError(f"{path}: a safetensors file, but not a model saved by dre_fast")
-    return state, json.loads(card)
+    card = json.loads(card)
+    if card.get("format", 1) > MODEL_FORMAT:
+        raise ValueError(
+            f"{path}: written by a newer dre_fast (format {card['format']}, this one reads up to {MODEL_FORMAT}); "
+            "upgrade dre_fast"
+        )
+    return state, card
 
 
 class MetricsLog:

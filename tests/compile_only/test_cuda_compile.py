@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from native_build.find import Torch
+from native_build.parts import NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "90", "100", "120")
@@ -42,15 +43,9 @@ def nvcc() -> str:
 
 
 def build_flags() -> list[str]:
-    """The flags of setup.py, so that what is tested is what is built."""
-    spec = importlib.util.spec_from_file_location("dre_fast_setup_flags", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    found = module.Torch(Path(torch.__file__).parent, torch.__version__, None)
-    return [*module.NVCC_FLAGS, *found.flags]
+    """The flags of the build, so that what is tested is what is built."""
+    found = Torch(Path(torch.__file__).parent, torch.__version__, None)
+    return [*NVCC_FLAGS, *found.flags]
 
 
 def kernel_name(mangled: str) -> str:

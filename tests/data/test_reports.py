@@ -13,6 +13,7 @@ import torch
 
 from dre_fast.data import text_encoders
 from dre_fast.data.cohort import Cohort, CohortError, SlideRecord
+from dre_fast.data.files import write_tensors
 from dre_fast.data.reports import ReportEmbeddings, ReportError, embed_reports, match_reports, read_reports
 from dre_fast.data.text_encoders import TextEncoder, chunks, pool
 from dre_fast.data.tfidf import TfidfSvd
@@ -441,6 +442,15 @@ def test_unreadable_embedding_files(tmp_path):
 
 
 # ---- report files
+
+
+def test_embeddings_of_a_newer_format_are_refused(tmp_path):
+    vectors = torch.zeros(1, 4)  # one case: its shape alone could be a file of vectors by case
+    write_tensors(tmp_path / "r.safetensors", {"embeddings": vectors}, {"dre_fast-reports-2": "{}"})
+    with pytest.raises(
+        ReportError, match=r"r\.safetensors: written by another dre_fast \(format dre_fast-reports-2"
+    ):
+        ReportEmbeddings.load(tmp_path / "r.safetensors")
 
 
 def test_report_csv_layouts(tmp_path):

@@ -1,4 +1,4 @@
-"""setup.py: what it finds, what it says when something is missing, and that the package works without it."""
+"""setup.py and native_build: what they find, what they say when something is missing, what works without it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,16 +17,24 @@ import pytest
 import torch
 
 from dre_fast.ops import native
+from native_build import find
+from native_build.check_wheel import problems
+from native_build.parts import plan
 
 ROOT = Path(__file__).resolve().parents[2]
+Build = Callable[..., subprocess.CompletedProcess[str]]
 CPU_TORCH = torch.version.cuda is None
+
+
+@pytest.fixture(autouse=True)
+def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DRE_FAST_NATIVE", "DRE_FAST_CUDA", "DRE_FAST_CUDA_ARCHS", "CXX"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module: nothing is built on import."""
-    for name in ("DRE_FAST_NATIVE", "DRE_FAST_CUDA", "DRE_FAST_CUDA_ARCHS", "CXX"):
-        monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("dre_fast_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,31 +42,6 @@ def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of what the source distribution holds, without libraries built in place."""
-    copy = tmp_path / "checkout"
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "_build_status.json")
-    for name in ("csrc", "dre_fast"):
-        shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-def build(checkout: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call a hook of the build backend (``build_wheel`` ...) as pip does; results go to checkout/out."""
-    (checkout / "out").mkdir(exist_ok=True)
-    call = f"import setuptools.build_meta as b; print(b.{hook}('out'))"
-    return subprocess.run(
-        [sys.executable, "-c", call],
-        cwd=checkout,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 def fake_torch(folder: Path, version: str, cuda: str | None, headers: bool = True) -> Path:
@@ -80,7 +64,7 @@ def test_no_compiler_is_one_clear_line(
     setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("CXX", "/nonexistent")
-    parts, record = setup_script.plan()
+    parts, record = plan()
     assert parts == []
     assert record["built"] == []
     reason = record["why_not"]["ops"]
@@ -93,61 +77,55 @@ def test_no_compiler_is_one_clear_line(
     assert reason in said
 
 
-def test_a_compiler_that_cannot_compile_is_missing(
-    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_compiler_that_cannot_compile_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'fatal error: vector: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    reason = setup_script.plan()[1]["why_not"]["ops"]
+    reason = plan()[1]["why_not"]["ops"]
     assert "does not compile C++17 (fatal error: vector" in reason
 
 
-def test_no_torch_says_how_to_get_it(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(setup_script, "site_folders", lambda: [])
-    parts, record = setup_script.plan()
+def test_no_torch_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(find, "site_folders", lambda: [])
+    parts, record = plan()
     assert parts == []
     assert "pip install 'torch>=2.10'" in record["why_not"]["ops"]
     assert set(record["why_not"]) == {"ops", "cuda", "host"}
 
 
-def test_demanding_the_ops_fails_loudly(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demanding_the_ops_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("DRE_FAST_NATIVE", "1")
     with pytest.raises(SystemExit, match="DRE_FAST_NATIVE=1: the C"):
-        setup_script.plan()
+        plan()
 
 
-def test_native_can_be_left_out(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRE_FAST_NATIVE", "0")
-    parts, record = setup_script.plan()
+    parts, record = plan()
     assert parts == []
     assert "DRE_FAST_NATIVE=0" in record["why_not"]["ops"]
 
 
 @pytest.mark.skipif(not CPU_TORCH, reason="this torch has CUDA: demanding it is no error here")
-def test_demanding_cuda_of_a_cpu_torch_fails_loudly(
-    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demanding_cuda_of_a_cpu_torch_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRE_FAST_CUDA", "1")
     with pytest.raises(SystemExit, match=r"DRE_FAST_CUDA=1: torch .* is built without CUDA"):
-        setup_script.plan()
+        plan()
 
 
-def test_unknown_switch_is_refused(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRE_FAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="DRE_FAST_CUDA=yes: must be auto, 0 or 1"):
-        setup_script.plan()
+        plan()
 
 
-def test_torch_is_found_without_being_importable(
-    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_is_found_without_being_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in pip's isolated build: torch is not on sys.path, the prefix is the target environment's."""
-    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
-    found = setup_script.find_torch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = find.find_torch()
     assert found.folder.resolve() == Path(torch.__file__).parent.resolve()
     assert found.version == torch.__version__
     assert found.cuda == torch.version.cuda
@@ -158,7 +136,6 @@ def test_torch_is_found_without_being_importable(
     [("2.9.1+cpu", True, "torch 2.9.1.cpu is older than 2.10"), ("2.12.0", False, "has no C.. headers")],
 )
 def test_torch_that_does_not_fit(
-    setup_script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     version: str,
@@ -166,27 +143,25 @@ def test_torch_that_does_not_fit(
     message: str,
 ) -> None:
     fake_torch(tmp_path, version, None, headers)
-    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(setup_script, "site_folders", lambda: [tmp_path])
-    with pytest.raises(setup_script.Missing, match=message):
-        setup_script.find_torch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(find, "site_folders", lambda: [tmp_path])
+    with pytest.raises(find.Missing, match=message):
+        find.find_torch()
 
 
-def test_cuda_torch_without_nvcc(
-    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cuda_torch_without_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_torch(tmp_path, "2.11.0+cu130", "13.0")
-    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(setup_script, "site_folders", lambda: [tmp_path])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(find, "site_folders", lambda: [tmp_path])
     real = shutil.which
-    monkeypatch.setattr(setup_script.shutil, "which", lambda name: None if name == "nvcc" else real(name))
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "nvcc" else real(name))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
-    parts, record = setup_script.plan()
+    parts, record = plan()
     assert "_ops" in [p.name for p in parts]
     assert "nvcc is not in CUDA_HOME=" in record["why_not"]["cuda"]
     monkeypatch.setenv("DRE_FAST_CUDA", "1")
     with pytest.raises(SystemExit, match="DRE_FAST_CUDA=1: nvcc is not in"):
-        setup_script.plan()
+        plan()
 
 
 def test_what_was_built_here_is_on_record() -> None:
@@ -198,7 +173,7 @@ def test_what_was_built_here_is_on_record() -> None:
 
 
 @pytest.mark.slow
-def test_package_without_compiler_works(checkout: Path, tmp_path: Path) -> None:
+def test_package_without_compiler_works(checkout: Path, build: Build, tmp_path: Path) -> None:
     """A wheel made without a compiler is pure Python, imports, writes to a bank, and says what is missing."""
     (checkout / "dre_fast/_ops.so").write_bytes(b"left behind by an earlier build in place")
     done = build(checkout, "build_wheel", CXX="/nonexistent")
@@ -238,7 +213,7 @@ print(json.dumps([dre_fast.__file__, native.available(), native.why_not(), age.t
 
 
 @pytest.mark.slow
-def test_source_distribution_holds_the_sources(checkout: Path) -> None:
+def test_source_distribution_holds_the_sources(checkout: Path, build: Build) -> None:
     (checkout / "dre_fast/_ops.so").write_bytes(b"built in place")
     done = build(checkout, "build_sdist", CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
@@ -246,12 +221,20 @@ def test_source_distribution_holds_the_sources(checkout: Path) -> None:
     listed = subprocess.run(["tar", "tzf", archive], capture_output=True, text=True, check=True).stdout
     inside = {line.split("/", 1)[1] for line in listed.splitlines() if "/" in line}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    wanted |= {
+        "native_build/find.py",
+        "native_build/parts.py",
+        "LICENSE",
+        "CHANGELOG.md",
+        "dre_fast/py.typed",
+    }
     assert wanted <= inside
     assert not [name for name in inside if name.endswith((".so", "_build_status.json"))]
+    assert not [name for name in inside if name.startswith(("tests/", "benchmarks/"))]
 
 
 @pytest.mark.slow
-def test_cuda_library_builds_and_links(checkout: Path, tmp_path: Path) -> None:
+def test_cuda_library_builds_and_links(checkout: Path, build: Build, tmp_path: Path) -> None:
     """With a CUDA torch in sight, DRE_FAST_CUDA=1 builds the CUDA library; no GPU is asked for."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc: there is none on PATH")
@@ -266,6 +249,7 @@ def test_cuda_library_builds_and_links(checkout: Path, tmp_path: Path) -> None:
         assert {"dre_fast/_ops.so", "dre_fast/_ops_cuda.so"} <= set(archive.namelist())
         record = json.loads(archive.read("dre_fast/_build_status.json"))
         archive.extract("dre_fast/_ops_cuda.so", tmp_path)
+    assert problems(wheel) == []
     assert record["cuda_archs"] == ["90"]
     assert record["why_not"] == {}
     undefined = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 import dre_fast
 from dre_fast.ops import native
+from native_build.check_wheel import UNSTABLE, undefined
 
 if not native.available():
     pytest.skip(f"needs the C++ ops: {native.why_not()}", allow_module_level=True)
@@ -19,14 +19,6 @@ if shutil.which("nm") is None:
 
 FOLDER = Path(dre_fast.__file__).parent
 LIBRARIES = sorted(FOLDER.glob("_ops*.so"))
-# C++ names of torch, c10 and at, mangled; and Python's own interface.
-UNSTABLE = re.compile(r"_Z\w*?(2at|3c10|5torch|6caffe2|5torch3jit)\w*|\bPy\w+|\b_Py\w+")
-
-
-def undefined(library: Path) -> list[str]:
-    command = ["nm", "-D", "--undefined-only", str(library)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.split()[-1].split("@")[0] for line in listed.splitlines()]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda p: p.name)

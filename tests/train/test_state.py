@@ -52,7 +52,10 @@ def test_model_file_holds_no_bank_rows(tmp_path):
     save_model(tmp_path / "best.safetensors", state, {"tasks": {}})
     loaded, card = load_model(tmp_path / "best.safetensors")
     assert set(loaded) == {"bank.codebook", "head.weight"}
-    assert card == {"tasks": {}}
+    assert card == {"tasks": {}, "format": 1}
+    save_model(tmp_path / "newer.safetensors", state, {"tasks": {}, "format": 2})
+    with pytest.raises(ValueError, match=r"newer\.safetensors: written by a newer dre_fast \(format 2"):
+        load_model(tmp_path / "newer.safetensors")
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         load_model(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not a model")
