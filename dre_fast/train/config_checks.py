@@ -81,7 +81,9 @@ def check_config(config: Config) -> None:
     for name in config.run.loggers:
         _one_of("run.loggers", name, LOGGERS)
     if "tensorboard" in config.run.loggers and not config.run.tensorboard:
-        raise ConfigError("run.loggers names tensorboard, and run.tensorboard=false forbids it: leave one out")
+        raise ConfigError(
+            "run.loggers names tensorboard, and run.tensorboard=false forbids it: leave one out"
+        )
     _one_of("optim.amp", config.optim.amp, ("none", "bf16", "fp16"))
     if isinstance(config.memory.grad_scale, str):
         _one_of("memory.grad_scale", config.memory.grad_scale, ("none", "unbiased"))

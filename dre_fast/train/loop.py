@@ -25,6 +25,7 @@ from dre_fast.train.checks import check_folder, check_same_data, pick_device
 from dre_fast.train.codebook import fit_on_bank
 from dre_fast.train.config import Config, save_config
 from dre_fast.train.cost import say_cost
+from dre_fast.train.data_card import data_card, write_data_card
 from dre_fast.train.distributed import Group, own_device
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.failures import Failures
@@ -92,6 +93,7 @@ class Trainer:
         # last, so that a run refused for a fault of its settings leaves no run behind
         if self.group.first:
             save_config(config, self.out / on_disk.CONFIG)
+            write_data_card(self.out, data_card(self.data.train, self.data.val, self.tasks))
 
     def _prepare_model(self) -> None:
         config, reports = self.config, self.data.reports
@@ -171,6 +173,8 @@ class Trainer:
             if self.loggers is not None:
                 self.loggers.close(failed=not done)
         say_cost(self.out, self.data.train.tiles, self.device, self.group)
+        if self.pictures is not None:
+            self.pictures.report()
         return self.out
 
     def _run_epoch(self, epoch: int) -> None:
