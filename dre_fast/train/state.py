@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.files import atomic_path, write_tensors
 
+EXPORTED = "model.safetensors"  # in a folder of dre_fast.integrations.hub
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
 _FORMAT = "dre_fast-checkpoint-3"
 
