@@ -88,20 +88,21 @@ def _slides(args: argparse.Namespace, folder: Path) -> list:
     loaded.check_tiles(slides)
     figures, features = [], []
     for i in progress(range(len(slides)), "report", unit="slide"):
+        name = records[i].slide_id
         features.append(encode_tiles_of(loaded.model, slides.reader, i, args.chunk))
         for file in draw_slide(loaded, slides, i, folder, task=args.task, features=features[i]):
             if file.stem.endswith("_codewords"):
-                caption = f"{names[i]}: each tile in the colour of its codeword"
+                caption = f"{name}: each tile in the colour of its codeword"
             else:
-                caption = f"{names[i]}: what each tile adds to the logit, to first order; red speaks for, blue against it"
+                caption = f"{name}: what each tile adds to the logit, to first order; red speaks for, blue against it"
             figures.append(Figure(_smaller(file), caption))
     of = "the slide" if len(names) == 1 else f"these {len(names)} slides"
+    files = write_sheets(loaded, slides, folder, per_slide=-(-8 // len(names)), features=features)
     figures += [
         Figure(
-            _smaller(file),
-            f"The tiles of {of} nearest to each codeword, at most two of one slide; share of all their tiles",
+            _smaller(file), f"The tiles of {of} nearest to each codeword, and its share of all their tiles"
         )
-        for file in write_sheets(loaded, slides, folder, features=features)
+        for file in files
         if file.suffix == ".png"
     ]
     return figures

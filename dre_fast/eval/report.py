@@ -44,7 +44,8 @@ a { color: var(--accent); }
 .numbers dd.text { font-size: .95rem; font-weight: 500; }
 figure { margin: 0 0 1.2rem; overflow: hidden; }
 figure div { overflow-x: auto; }
-figure img { display: block; width: 100%; min-width: 40rem; height: auto; background: #ffffff; }
+figure img { display: block; max-width: 100%; min-width: 40rem; height: auto; margin: 0 auto; }
+figure div { background: #ffffff; }
 figcaption { padding: .6rem .9rem; color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: 0 0 1.2rem; }
 table { border-collapse: collapse; min-width: 20rem; font-size: .88rem; font-variant-numeric: tabular-nums; }
