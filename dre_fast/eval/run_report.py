@@ -246,9 +246,9 @@ def _unseen(rows: Sequence[MetricRow], folder: Path) -> list[Figure | Table | st
     if table.exists():
         with open(table, newline="", encoding="utf-8") as file:
             header, *lines = csv.reader(file)
-        rows = [[_number(cell) for cell in line] for line in lines]
+        fit = [[_number(cell) for cell in line] for line in lines]
         names = {"ece": "expected calibration error", "brier": "Brier score"}
-        parts.append(Table("Calibration", [names.get(name, name) for name in header], rows))
+        parts.append(Table("Calibration", [names.get(name, name) for name in header], fit))
     if picture.exists():
         parts.append(
             Figure(picture, "Reliability: how often it was so, against the probability that was said")

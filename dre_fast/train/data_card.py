@@ -68,13 +68,16 @@ def _counts(slides: SlideSet) -> dict[str, int]:
 
 def _labels(task: Task, target: Tensor) -> dict[tuple[str | None, str | None], int]:
     """(column, label) -> slides."""
+    found: dict[tuple[str | None, str | None], int] = {}
     if task.kind == "multiclass":
-        return {
-            **{(None, name): int((target == c).sum()) for c, name in enumerate(task.classes)},
-            (None, None): int((target < 0).sum()),
-        }
+        for c, name in enumerate(task.classes):
+            found[None, name] = int((target == c).sum())
+        found[None, None] = int((target < 0).sum())
+        return found
+    columns: dict[str | None, Tensor]
     if task.kind == "survival":
-        names, columns = task.classes or ("censored", "event"), {None: target[:, 1]}
+        names = task.classes or ("censored", "event")
+        columns = {None: target[:, 1]}
     else:
         names = task.classes or ("no", "yes")
         lone = task.kind == "binary"
@@ -82,7 +85,6 @@ def _labels(task: Task, target: Tensor) -> dict[tuple[str | None, str | None], i
             None if lone else name: target.reshape(len(target), -1)[:, i].double()
             for i, name in enumerate(task.columns)
         }
-    found: dict[tuple[str | None, str | None], int] = {}
     for column, values in columns.items():
         found[column, names[0]] = int((values == 0).sum())
         found[column, names[1]] = int((values == 1).sum())
