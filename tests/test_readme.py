@@ -86,6 +86,22 @@ def test_aggregators_page(tmp_path):
     run(page[0] + "\nassert encoder[1].weight.grad.abs().sum() > 0 and out.residuals is None", tmp_path)
 
 
+def test_hub_page(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="needs huggingface_hub: pip install 'dre_fast[train]'")
+    page = blocks("docs/hub-and-logging.md")
+    assert len(page) == 2
+    check = (
+        "\nassert torch.equal(again(bags[0]), model.eval()(bags[0]))"
+        "\nassert '| test | 201 | 190 |' in open('lung/README.md').read()"
+    )
+    run(page[0] + check, tmp_path)
+
+
+def test_lightning_block(tmp_path):
+    pytest.importorskip("lightning", reason="needs lightning, which is no part of the project's environment")
+    run(blocks("docs/hub-and-logging.md")[1] + "\nassert 'val_auc' in trainer.callback_metrics", tmp_path)
+
+
 def test_every_block_is_tested():
     assert len(BLOCKS) == 2
 

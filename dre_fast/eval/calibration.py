@@ -146,6 +146,8 @@ def draw_calibration(found: Sequence[Calibration], path: str | os.PathLike[str])
     columns = min(max(len(found), 1), 4)
     rows = -(-max(len(found), 1) // columns)
     figure = new_figure(3.2 * columns + 0.4, 3.8 * rows)
+    from matplotlib.ticker import MaxNLocator
+
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1] * rows)
     for i, each in enumerate(found):
         row, column = 2 * (i // columns), i % columns
@@ -164,6 +166,7 @@ def draw_calibration(found: Sequence[Calibration], path: str | os.PathLike[str])
         )
         bars.set_xlabel("stated probability", fontsize=8)
         bars.set_ylabel("samples", fontsize=8)
+        bars.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
         for axes in (curve, bars):
             axes.set_xlim(-0.02, 1.02)
             tidy(axes)

@@ -74,13 +74,13 @@ def _validation(runs: Sequence[Run]) -> list[Panel]:
     keys = scores_first(_keys(runs, "epoch", "val_"))
     return [
         _by_epoch(
-            runs, key, _validation_title(key), 0.5 if key.startswith(("val_auc_", "val_c_index_")) else None
+            runs, key, validation_title(key), 0.5 if key.startswith(("val_auc_", "val_c_index_")) else None
         )
         for key in keys
     ]
 
 
-def _validation_title(key: str) -> str:
+def validation_title(key: str) -> str:
     """The name of a task stands as it is: it may hold an underscore."""
     for start, shown in (("val_auc_", "AUC"), ("val_c_index_", "c-index"), ("val_loss_", "loss")):
         if key.startswith(start):
@@ -197,6 +197,8 @@ def _draw(path: Path, panels: Sequence[Panel], names: Sequence[str]) -> Path:
         axis.set_title(panel.title, fontsize=9, color=INK, loc="left")
         label_x(axis, panel.x)
         tidy(axis)
+    if len(names) == 1:
+        return save_figure(figure, path)
     from matplotlib.lines import Line2D
 
     handles = []

@@ -27,6 +27,15 @@ class Grid:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
+    def markdown(self) -> str:
+        """As a table in Markdown, numbers with three decimals."""
+        lines = [
+            self.header,
+            ["---"] * len(self.header),
+            *([show(cell) for cell in row] for row in self.rows),
+        ]
+        return "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
+
     def write(self, stem: str | os.PathLike[str]) -> list[Path]:
         """Writes ``stem.csv`` (six significant digits) and ``stem.md``; returns their paths."""
         base = Path(stem)
@@ -36,15 +45,7 @@ class Grid:
         writer.writerow(self.header)
         writer.writerows([_plain(cell) for cell in row] for row in self.rows)
         write_text_atomic(files[0], text.getvalue())
-        lines = [
-            self.header,
-            ["---"] * len(self.header),
-            *([show(cell) for cell in row] for row in self.rows),
-        ]
-        write_text_atomic(
-            files[1],
-            "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines),
-        )
+        write_text_atomic(files[1], self.markdown())
         return files
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import os
 from pathlib import Path
 
@@ -11,10 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dre_fast.data.tiling import Tiling
+from dre_fast.eval.colours import distinct_colours
 from dre_fast.eval.figures import INK, MUTED, new_figure, save_figure
 
 Image = NDArray[np.uint8]
 _LEGEND_ROWS = 16
+_COVER = 0.62  # of a codeword's colour over the tissue
+_WIDEST, _HIGHEST = 4.6, 6.5  # inches of a panel
+_LEGEND_WIDTH, _BAR_WIDTH = 1.1, 0.14
 
 
 def draw_codewords(
@@ -27,14 +30,14 @@ def draw_codewords(
     title: str | None = None,
     outline: Tensor | None = None,
 ) -> Path:
-    """Writes a picture of the thumbnail beside the same with every tile in the colour of its codeword.
+    """Writes a picture of the thumbnail beside the same in grey with every tile in the colour of its codeword.
 
     Args:
         path: file to write; its suffix decides the format (.png).
         thumbnail: uint8 [h, w, 3] of the whole slide.
         tiling: the slide's tiles, N of them.
         codes: int64 [N] in [-1, codewords); -1 is left uncoloured.
-        codewords: K; a codeword has the same colour on every slide of one K.
+        codewords: K; a codeword has the same colour on every slide.
         title: over the picture; None: the slide's name.
         outline: bool [N], tiles to draw a frame around, such as annotated ones.
 
@@ -50,27 +53,28 @@ def draw_codewords(
     overlay = _overlay(thumbnail, tiling, placed, shown >= 0)
     counts = np.bincount(shown[shown >= 0], minlength=codewords)
 
-    figure, axes = _two_panels(thumbnail, title or tiling.slide_id)
-    axes.imshow(_blend(thumbnail, overlay, 0.62), interpolation="nearest")
+    figure, axes, side = _two_panels(thumbnail, title or tiling.slide_id, _LEGEND_WIDTH)
+    axes.imshow(_blend(_grey(thumbnail), overlay, _COVER), interpolation="nearest")
     _outline(axes, thumbnail, tiling, outline)
     largest = np.argsort(-counts, kind="stable")[:_LEGEND_ROWS]
     handles, labels = [], []
     from matplotlib.patches import Patch
 
     for k in largest:
-        if counts[k]:
-            handles.append(Patch(facecolor=colours[k], edgecolor="none"))
-            labels.append(f"{k}: {100 * counts[k] / max(1, counts.sum()):.0f} %")
+        if counts[k]:  # the colour as it is seen over white
+            handles.append(Patch(facecolor=colours[k] * _COVER + 1 - _COVER, edgecolor="none"))
+            labels.append(f"{k}: {100 * counts[k] / counts.sum():.0f} %")
     more = int((counts > 0).sum()) - len(handles)
     if more > 0:
         handles.append(Patch(facecolor="none", edgecolor="none"))
         labels.append(f"+ {more} more")
-    legend = axes.legend(
+    side.set_axis_off()
+    legend = side.legend(
         handles,
         labels,
         title="codeword: tiles",
         loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
+        bbox_to_anchor=(0.0, 0.5),
         fontsize=8,
         title_fontsize=8,
         frameon=False,
@@ -125,13 +129,12 @@ def draw_contributions(
     colour = np.asarray(scale.to_rgba(overlay[..., 0]), dtype=np.float64)
     colour[..., 3] = overlay[..., 1]
 
-    figure, axes = _two_panels(thumbnail, title or tiling.slide_id)
+    figure, axes, side = _two_panels(thumbnail, title or tiling.slide_id, _BAR_WIDTH)
     # Grey tissue underneath: its own pink would read as a positive value.
-    grey = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
-    axes.imshow(_blend(grey, colour, 0.72), interpolation="nearest")
+    axes.imshow(_blend(_grey(thumbnail), colour, 0.72), interpolation="nearest")
     _outline(axes, thumbnail, tiling, outline)
     clipped = "both" if len(v) and np.abs(v).max() > limit else "neither"
-    bar = figure.colorbar(scale, ax=axes, fraction=0.04, pad=0.02, extend=clipped)
+    bar = figure.colorbar(scale, cax=side, extend=clipped)
     bar.set_label(label, fontsize=8, color=MUTED)
     bar.ax.tick_params(labelsize=7, colors=MUTED)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -139,24 +142,22 @@ def draw_contributions(
 
 
 def codeword_colours(codewords: int) -> NDArray[np.float64]:
-    """K colours that differ as far as K allows, the same for the same K: float64 [K, 3] in [0, 1]."""
-    golden = 0.61803398875
-    tones = (
-        (0.80, 0.55),
-        (0.95, 0.85),
-        (0.65, 0.35),
-    )  # (saturation, value) cycles, so neighbours in hue differ
-    return np.array(
-        [colorsys.hsv_to_rgb((0.08 + k * golden) % 1.0, *tones[k % len(tones)]) for k in range(codewords)]
-    ).reshape(codewords, 3)
+    """Colours of K codewords, the first ones the furthest apart: float64 [K, 3] in [0, 1]."""
+    return distinct_colours(codewords)
 
 
-def _two_panels(thumbnail: Image, title: str):  # type: ignore[no-untyped-def]
-    """A figure with the plain thumbnail on the left; returns it and the axes on the right."""
+def _two_panels(thumbnail: Image, title: str, side: float):  # type: ignore[no-untyped-def]
+    """Two panels of one size with the plain thumbnail on the left: the figure, the axes on the right, those beside.
+
+    Args:
+        side: inches that the axes beside the panels are wide.
+    """
     height, width = thumbnail.shape[:2]
-    panel = 4.6
-    figure = new_figure(2 * panel + 1.0, min(9.0, max(2.4, panel * height / width)) + 0.35)
-    plain, axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.0, 1.12)})
+    scale = min(_WIDEST / width, _HIGHEST / height)
+    wide, high = width * scale, height * scale
+    # room for the title over two narrow panels, and for the legend beside two low ones
+    figure = new_figure(max(2 * wide + side, 4.6) + 0.9, max(high, 1.6) + 0.45)
+    plain, axes, beside = figure.subplots(1, 3, gridspec_kw={"width_ratios": (wide, wide, side)})
     plain.imshow(thumbnail, interpolation="lanczos")
     for each in (plain, axes):
         each.set_xticks([])
@@ -164,7 +165,12 @@ def _two_panels(thumbnail: Image, title: str):  # type: ignore[no-untyped-def]
         for spine in each.spines.values():
             spine.set_color("#d5d9de")
     figure.suptitle(title, fontsize=10, color=INK)
-    return figure, axes
+    return figure, axes, beside
+
+
+def _grey(thumbnail: Image) -> Image:
+    """The same without colour: what is painted over it alone has a hue."""
+    return np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
 
 
 def _boxes(thumbnail: Image, tiling: Tiling) -> NDArray[np.int64]:

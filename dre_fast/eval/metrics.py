@@ -174,7 +174,7 @@ def judged_tasks(
             raise ValueError(f"task {name!r}: the logits of slide {slide!r} are not finite; encode it again")
         task = task_of(name, chosen.tasks[name])
         survival = task.kind == "survival"
-        probability = _risk(task.method, logits)[:, None] if survival else _probabilities(task.kind, logits)
+        probability = _risk(task.method, logits)[:, None] if survival else probabilities(task.kind, logits)
         truth = cohort.encode(task, records).double().numpy()
         truth = np.where(truth < 0, np.nan, truth).reshape(len(records), -1)
         cases = [record.case_id for record in records]
@@ -392,7 +392,7 @@ def _risk(method: str, logits: Tensor) -> Array:
 def _prepare(kind: str, logits: Tensor, target: Tensor) -> tuple[list[Scorer], Scorer]:
     if kind not in ("multiclass", "binary", "multilabel"):
         raise ValueError(f"kind must be multiclass, binary or multilabel, got {kind!r}")
-    probability = _probabilities(kind, logits)
+    probability = probabilities(kind, logits)
     truth = target.detach().cpu().double().numpy()
     truth = np.where(truth < 0, np.nan, truth).reshape(len(logits), -1)
     if kind == "multilabel":
@@ -401,7 +401,7 @@ def _prepare(kind: str, logits: Tensor, target: Tensor) -> tuple[list[Scorer], S
     return [], _scorer(kind, probability, truth[:, 0])
 
 
-def _probabilities(kind: str, logits: Tensor) -> Array:
+def probabilities(kind: str, logits: Tensor) -> Array:
     """float64 [S, C]: softmax over classes, or a sigmoid for each column."""
     values = logits.detach().cpu().double()
     return (torch.softmax(values, -1) if kind == "multiclass" else torch.sigmoid(values)).numpy()

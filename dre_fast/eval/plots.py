@@ -36,6 +36,7 @@ def draw_curves(path: str | os.PathLike[str], logs: Mapping[str, Log]) -> Path:
         for key in dict.fromkeys(k for log in logs.values() for record in log for k in record)
         if key == "val_loss" or key.startswith(_JUDGED)
     ]
+    keys.sort(key=lambda key: key != "val_loss")  # beside the training loss
     panels = [("step", "loss"), *(("epoch", key) for key in keys)]
     figure, axes = panels_of(len(panels))
     for axis, (kind, key) in zip(axes, panels):
@@ -171,9 +172,9 @@ def _log_scale(axis: Any) -> None:
 
 
 def panels_of(count: int):  # type: ignore[no-untyped-def]
-    """A figure of `count` panels in rows of at most four."""
-    columns = min(count, 4)
-    rows = math.ceil(count / columns)
+    """A figure of `count` panels in rows of at most four, as even as they go."""
+    rows = math.ceil(count / 4)
+    columns = math.ceil(count / rows)
     figure = new_figure(3.1 * columns, 2.5 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for spare in axes[count:]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dre_fast.eval.colours import distinct_colours
 from dre_fast.eval.figures import INK, MUTED, new_figure, save_figure
 
 
@@ -56,16 +57,19 @@ def draw_sheet(
     top: TopTiles,
     images: dict[tuple[int, int], np.ndarray],
     codewords: list[int],
+    title: str | None = None,
 ) -> Path:
-    """A row of tiles for each of some codewords, nearest on the left.
+    """A row of tiles for each of some codewords, nearest on the left, beside the codeword's colour in the maps.
 
     Args:
         images: (slide, tile) -> uint8 [H, W, 3], of every tile of these rows.
         codewords: which, from above.
+        title: over the sheet.
     """
     wide = max(max((len(top.tiles[k]) for k in codewords), default=0), 1)
     total = max(int(top.counts.sum()), 1)
-    figure = new_figure(1.5 + wide, 1.15 * len(codewords) + 0.2)
+    colours = distinct_colours(len(top.tiles))
+    figure = new_figure(1.5 + max(wide, 3), 1.15 * len(codewords) + 0.2 + 0.3 * bool(title))
     grid = figure.subplots(
         len(codewords), wide + 1, squeeze=False, gridspec_kw={"width_ratios": [1.4, *[1] * wide]}
     )
@@ -73,8 +77,18 @@ def draw_sheet(
         axes.set_axis_off()
     for row, k in enumerate(codewords):
         share = f"{int(top.counts[k]):,} tiles\n{float(top.counts[k]) / total:.1%}"
-        grid[row][0].text(1, 0.62, f"codeword {k}", ha="right", va="center", fontsize=9, color=INK)
-        grid[row][0].text(1, 0.3, share, ha="right", va="center", fontsize=7, color=MUTED)
+        grid[row][0].add_patch(_patch(colours[k]))
+        grid[row][0].text(0.88, 0.62, f"codeword {k}", ha="right", va="center", fontsize=9, color=INK)
+        grid[row][0].text(0.88, 0.3, share, ha="right", va="center", fontsize=7, color=MUTED)
         for axes, (slide, tile, _) in zip(grid[row][1:], top.tiles[k], strict=False):
             axes.imshow(images[slide, tile], interpolation="nearest")
+    if title:
+        figure.suptitle(title, fontsize=10, color=INK)
     return save_figure(figure, path, dpi=130)
+
+
+def _patch(colour: np.ndarray):  # type: ignore[no-untyped-def]
+    """A bar of a colour at the right of the axes of a row's name."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((0.93, 0.0), 0.07, 1.0, facecolor=colour, edgecolor="none")

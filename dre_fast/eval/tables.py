@@ -13,6 +13,7 @@ from pathlib import Path
 from dre_fast.data.files import write_text_atomic
 
 HEADER = ("task", "column", "metric", "value", "low", "high", "level", "samples", "cases", "note")
+SHOWN = ("task", "column", "metric", "value", "interval", "samples", "note")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class MetricRow:
 
 def format_rows(rows: Sequence[MetricRow]) -> str:
     """The rows as a text table for the terminal."""
-    header = ("task", "column", "metric", "value", "interval", "samples", "note")
-    return _aligned([header, *(_cells(row) for row in rows)])
+    return _aligned([SHOWN, *(shown(row) for row in rows)])
 
 
 def write_tables(rows: Sequence[MetricRow], stem: str | os.PathLike[str]) -> list[Path]:
@@ -59,13 +59,27 @@ def write_tables(rows: Sequence[MetricRow], stem: str | os.PathLike[str]) -> lis
         values = asdict(row)
         writer.writerow([_plain(values[name]) for name in HEADER])
     write_text_atomic(files[0], text.getvalue())
-    header = ("Task", "Column", "Metric", "Value", "Interval", "Samples", "Note")
-    lines = [header, tuple("---" for _ in header), *(_cells(row) for row in rows)]
+    header = tuple(name.capitalize() for name in SHOWN)
+    lines = [header, tuple("---" for _ in header), *(shown(row) for row in rows)]
     write_text_atomic(
         files[1], "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
     )
     write_text_atomic(files[2], json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return files
+
+
+def read_tables(path: str | os.PathLike[str]) -> list[MetricRow]:
+    """The rows of the ``.json`` that :func:`write_tables` wrote.
+
+    Raises:
+        ValueError: it is another file; named.
+    """
+    try:
+        return [MetricRow(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)}: not a table of scores of `dre-fast evaluate` ({error})"
+        ) from error
 
 
 def _plain(value: object) -> str:
@@ -74,7 +88,8 @@ def _plain(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _cells(row: MetricRow) -> tuple[str, ...]:
+def shown(row: MetricRow) -> tuple[str, ...]:
+    """Its cells for people, under the header :data:`SHOWN`."""
     value = "undefined" if row.value is None else f"{row.value:.3f}"
     interval = "" if row.low is None or row.high is None else f"{row.low:.3f} - {row.high:.3f}"
     samples = f"{row.samples} {row.level}s" + (f" of {row.cases} cases" if row.cases != row.samples else "")

@@ -117,6 +117,10 @@ class ResidualMIL(nn.Module):
         if head not in ("transformer", "light"):
             raise ValueError(f"ResidualMIL: head must be 'transformer' or 'light', got {head!r}")
         self.dim, self.classes, self.width = dim, classes, width
+        self._sizes: dict[str, Any] = {
+            **{"dim": dim, "codewords": codewords, "assignment": assignment, "width": width, "head": head},
+            **{"depth": depth, "heads": heads, "dropout": dropout, "normalize_rows": normalize_rows},
+        }
         self.normalize = normalization_steps(normalize)
         if learnable is None:
             learnable = assignment != "hard"
@@ -136,6 +140,17 @@ class ResidualMIL(nn.Module):
     def codewords(self) -> int:
         """K."""
         return self.encoding.codewords
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes a model of the same sizes, as JSON holds it: ``ResidualMIL(**model.options)``."""
+        learnable = self.encoding.learnable
+        return {
+            **self._sizes,
+            "classes": self.classes,
+            "learnable": learnable,
+            "normalize": list(self.normalize),
+        }
 
     @property
     def fitted(self) -> bool:
@@ -321,6 +336,36 @@ class ResidualMIL(nn.Module):
         old = self.classifier.weight
         self.classes = classes
         self.classifier = nn.Linear(self.width, classes, device=old.device, dtype=old.dtype)
+
+    # Folders and the Hub: dre_fast.integrations.hub, imported on first use, since it needs huggingface_hub.
+
+    def save_pretrained(self, folder: Any, *, card: Any = None) -> Any:
+        """Write model.safetensors, config.json and a model card into a folder.
+
+        See :func:`dre_fast.integrations.hub.save_pretrained`.
+        """
+        from dre_fast.integrations import hub
+
+        return hub.save_pretrained(self, folder, card=card)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: Any, **options: Any) -> ResidualMIL:
+        """The model of a folder of :meth:`save_pretrained`, or of a repository ``owner/name`` of the Hub, in eval mode.
+
+        See :func:`dre_fast.integrations.hub.from_pretrained`.
+        """
+        from dre_fast.integrations import hub
+
+        return hub.from_pretrained(cls, folder_or_repo, **options)
+
+    def push_to_hub(self, repo: str, *, card: Any = None, **options: Any) -> str:
+        """Upload what :meth:`save_pretrained` writes to a repository of the Hub.
+
+        See :func:`dre_fast.integrations.hub.push_to_hub`.
+        """
+        from dre_fast.integrations import hub
+
+        return hub.push_to_hub(self, repo, card=card, **options)
 
     def _check_fitted(self) -> None:
         if not self._fitted and not (self.encoding.learnable and self.encoding.assignment != "hard"):

@@ -32,7 +32,8 @@ FREE_ON_RESUME = frozenset(
         "memory.cache",
         "memory.budget",
     }  # where rows lie does not show in a run
-    | {"run.device", "run.threads", "run.tensorboard", "run.pictures", "run.checkpoint_every"}
+    | {"run.device", "run.threads", "run.tensorboard", "run.loggers", "run.pictures"}
+    | {"run.checkpoint_every"}
 )
 
 
@@ -164,7 +165,10 @@ class RunConfig:
     validate_every: int = 1  # epochs
     encode_chunk: int = 256  # tiles encoded at once without gradient
     tensorboard: bool = True
-    pictures: bool = True  # curves.png and staleness.png in the run's folder, drawn once a minute
+    loggers: list[str] = field(default_factory=list)  # live curves elsewhere, too: wandb, mlflow
+    pictures: bool = (
+        True  # in the run's folder: curves.png and staleness.png once a minute, report.html at the end
+    )
     shards: int | None = (
         None  # groups of slides that processes share; null: one for each process at the start
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from dre_fast.nn.aggregators import AGGREGATORS
 from dre_fast.nn.bank_tiers import to_bytes
+from dre_fast.train.loggers import LOGGERS
 
 if TYPE_CHECKING:
     from dre_fast.train.config import Config, TaskConfig
@@ -86,6 +87,12 @@ def check_config(config: Config) -> None:
         )
     _one_of("loss.contrastive", config.loss.contrastive, ("infonce", "siglip", None))
     _one_of("loss.negatives", config.loss.negatives, ("batch", "all"))
+    for name in config.run.loggers:
+        _one_of("run.loggers", name, LOGGERS)
+    if "tensorboard" in config.run.loggers and not config.run.tensorboard:
+        raise ConfigError(
+            "run.loggers names tensorboard, and run.tensorboard=false forbids it: leave one out"
+        )
     _one_of("optim.amp", config.optim.amp, ("none", "bf16", "fp16"))
     if isinstance(config.memory.grad_scale, str):
         _one_of("memory.grad_scale", config.memory.grad_scale, ("none", "unbiased"))

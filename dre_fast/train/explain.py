@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dre_fast.data.cohort import Task
+from dre_fast.data.cohort import SlideRecord, Task
 from dre_fast.data.multiscale import scales_of
 from dre_fast.data.slides import open_slide
 from dre_fast.eval.geojson import write_geojson
 from dre_fast.eval.heatmap import draw_codewords, draw_contributions
+from dre_fast.eval.metrics import probabilities
 from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.contributions import contributions
 from dre_fast.nn.model import padded
@@ -24,11 +25,23 @@ from dre_fast.train.inference import LoadedRun, encode_tiles_of
 
 @dataclass
 class Explanation:
-    """``codes`` int64 [N] and ``contribution`` fp32 [N] of the tiles of a slide to the logit named ``target``."""
+    """``codes`` int64 [N] and ``contribution`` fp32 [N] of the tiles of a slide to the logit named ``target``.
+
+    ``logit`` is its value, ``probability`` what that means; None for survival tasks, whose logits are risks and hazards.
+    """
 
     codes: Tensor
     contribution: Tensor
     target: str
+    logit: float
+    probability: float | None
+
+    @property
+    def score(self) -> str:
+        """The logit or its probability in words."""
+        return (
+            f"logit {self.logit:.2f}" if self.probability is None else f"probability {self.probability:.2f}"
+        )
 
 
 def pick_task(loaded: LoadedRun, name: str | None) -> Task:
@@ -75,8 +88,18 @@ def explain(loaded: LoadedRun, features: Tensor, task: Task, target: str | None 
     (gradient,) = torch.autograd.grad(logits[index], summary)
     codes = hard_assign(features, model.codebook)
     if by_rows:
-        return Explanation(codes, (gradient * features).sum(1), names[index])
-    return Explanation(codes, contributions(gradient[0], features, model.codebook, codes), names[index])
+        values = (gradient * features).sum(1)
+    else:
+        values = contributions(gradient[0], features, model.codebook, codes)
+    chance = None if task.kind == "survival" else float(probabilities(task.kind, logits[None])[0, index])
+    return Explanation(codes, values, names[index], float(logits[index].detach()), chance)
+
+
+def label_of(record: SlideRecord, task: Task, target: str) -> str:
+    """What the cohort says of a slide: the cell of the task's column, of a panel that of the column ``target``."""
+    columns = [target] if task.kind == "multilabel" else list(task.columns)
+    cells = [record.labels.get(column) for column in columns]
+    return "not labelled" if None in cells else f"label {', '.join(map(str, cells))}"
 
 
 def _file_name(*parts: str) -> str:
@@ -94,15 +117,20 @@ def draw_slide(
     target: str | None = None,
     chunk: int = 256,
     geojson: bool = False,
+    features: Tensor | None = None,
 ) -> list[Path]:
     """Write the maps of one slide as PNG, with ``geojson`` also for QuPath; return their paths.
 
     Without a task only the codeword maps are drawn.
 
     A slide tiled at several magnifications gets a map of each, ``scale0``, ``scale1``, ... in its file's name.
+
+    Args:
+        features: of the slide's tiles, [n, D], where they are encoded already.
     """
     record, scales = slides.records[index], scales_of(slides.reader.tilings[index])
-    features = encode_tiles_of(loaded.model, slides.reader, index, chunk)
+    if features is None:
+        features = encode_tiles_of(loaded.model, slides.reader, index, chunk)
     assert record.path is not None
     slide = open_slide(record.path, mpp=scales[0].slide_mpp)
     thumbnail = slide.thumbnail(1024)
@@ -111,7 +139,12 @@ def draw_slide(
     folder.mkdir(parents=True, exist_ok=True)
     codes = hard_assign(features, loaded.model.codebook)
     explained = explain(loaded, features, pick_task(loaded, task), target) if loaded.tasks else None
-    task_name = pick_task(loaded, task).name if loaded.tasks else ""
+    heading, task_name = record.slide_id, ""
+    if explained is not None:
+        explained_task = pick_task(loaded, task)
+        task_name = explained_task.name
+        label = label_of(record, explained_task, explained.target)
+        heading += f" · {task_name} {explained.target}: {explained.score} ({label})"
     files, first = [], 0
     for scale, tiling in enumerate(scales):
         own = slice(first, first + len(tiling))
@@ -119,20 +152,27 @@ def draw_slide(
         if not len(tiling):
             continue
         name = record.slide_id if len(scales) == 1 else f"{record.slide_id}_scale{scale}"
+        shown = heading if len(scales) == 1 else f"{heading} · scale {scale}"
         files.append(
             draw_codewords(
-                folder / f"{name}_codewords.png", thumbnail, tiling, codes[own], len(loaded.model.codebook)
+                folder / f"{name}_codewords.png",
+                thumbnail,
+                tiling,
+                codes[own],
+                len(loaded.model.codebook),
+                title=shown,
             )
         )
         if explained is not None:
-            label = _file_name(task_name, explained.target)
+            stem = _file_name(task_name, explained.target)
             files.append(
                 draw_contributions(
-                    folder / f"{name}_{label}.png",
+                    folder / f"{name}_{stem}.png",
                     thumbnail,
                     tiling,
                     explained.contribution[own],
-                    title=f"{record.slide_id}: contribution to {task_name} {explained.target}",
+                    title=shown,
+                    label=f"contribution to the logit of {explained.target}",
                 )
             )
         if geojson:

@@ -219,7 +219,7 @@ class LoadedRun:
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
-    """Load the best model of a run folder, or a ``.safetensors`` model file, for inference.
+    """Load the best model of a run folder or of an exported one, or a ``.safetensors`` model file, for inference.
 
     Raises:
         FileNotFoundError: no model there.
@@ -227,7 +227,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / on_disk.BEST
+        exported = not (file / on_disk.BEST).exists() and (file / on_disk.EXPORTED).exists()
+        file = file / (on_disk.EXPORTED if exported else on_disk.BEST)
     state, card = on_disk.load_model(file)
     config: Config = config_from_dict(card["config"])
     config.model.encoder_weights = None  # the weights come from this file

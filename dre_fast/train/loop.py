@@ -25,6 +25,7 @@ from dre_fast.train.checks import check_folder, check_same_data, pick_device
 from dre_fast.train.codebook import fit_on_bank
 from dre_fast.train.config import Config, save_config
 from dre_fast.train.cost import say_cost
+from dre_fast.train.data_card import data_card, write_data_card
 from dre_fast.train.distributed import Group, own_device
 from dre_fast.train.exact import ExactBatch, check_exact
 from dre_fast.train.failures import Failures
@@ -32,6 +33,7 @@ from dre_fast.train.fidelity import FidelityProbe, contrast_with_all
 from dre_fast.train.freshness import Scalars, freshness
 from dre_fast.train.guard import EncoderGuard
 from dre_fast.train.inference import validate
+from dre_fast.train.loggers import Loggers, check_loggers, loggers_of
 from dre_fast.train.objective import Objective
 from dre_fast.train.pictures import Pictures
 from dre_fast.train.planner import planner_of
@@ -55,7 +57,8 @@ class Trainer:
     Args:
         config: validated configuration; written resolved to ``out/config.yaml``.
         out: folder of the run. Files: config.yaml, metrics.jsonl, last.pt (checkpoint) and the bank's folder, which it
-            names, best.safetensors (model), tensorboard/.
+            names, best.safetensors (model), data.json (what it learns from), tensorboard/, loggers.json; at the end
+            cost.json, and report.html (a page about the run).
         resume: go on from ``out/last.pt`` (from the start when there is no checkpoint yet). Without it a folder that
             already holds a run is refused.
 
@@ -70,6 +73,7 @@ class Trainer:
         self.group = Group(self.device)
         config = with_shards(config, self.out / on_disk.CONFIG if resume else None, self.group.world)
         self.config = config = config.validate().with_absolute_paths()
+        check_loggers(loggers_of(config.run))
         self.group.first_then_others(lambda: check_folder(self.out, config, resume))
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -91,6 +95,7 @@ class Trainer:
         # last, so that a run refused for a fault of its settings leaves no run behind
         if self.group.first:
             save_config(config, self.out / on_disk.CONFIG)
+            write_data_card(self.out, data_card(self.data.train, self.data.val, self.tasks))
 
     def _prepare_model(self) -> None:
         config, reports = self.config, self.data.reports
@@ -147,14 +152,15 @@ class Trainer:
         if self._state is not None:
             checkpoint.restore(self, self._state)
             self._state = None
-        self.log = self.board = self.pictures = None
+        self.log = self.loggers = self.pictures = None
         if self.group.first:
             self.log = on_disk.MetricsLog(self.out / on_disk.METRICS, self.log_size)
-            self.board = on_disk.open_board(self.out, self.step) if self.config.run.tensorboard else None
+            self.loggers = Loggers(loggers_of(self.config.run), self.out, self.step, self.config)
             self.pictures = Pictures(self.out) if self.config.run.pictures else None
         if self.group.first:
             for line in describe_tasks(self.tasks, self.data.train.targets, self.objective.class_weights):
                 print(line, file=sys.stderr)
+        done = False
         try:
             if not self._resumed:
                 self._prefill()
@@ -162,12 +168,15 @@ class Trainer:
                 checkpoint.save(self)
             for epoch in range(self.epoch, self.config.optim.epochs):
                 self._run_epoch(epoch)
+            done = True
         finally:
             if self.log is not None:
                 self.log.close()
-            if self.board is not None:
-                self.board.close()
+            if self.loggers is not None:
+                self.loggers.close(failed=not done)
         say_cost(self.out, self.data.train.tiles, self.device, self.group)
+        if self.pictures is not None:
+            self.pictures.report()
         return self.out
 
     def _run_epoch(self, epoch: int) -> None:
@@ -450,10 +459,8 @@ class Trainer:
     def _record(self, kind: str, **fields: float | int | str | None) -> None:
         if self.log is not None:
             self.log.write(kind=kind, **fields)
-        if self.board is not None:
-            for name, value in fields.items():
-                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                    self.board.add_scalar(f"{kind}/{name}", value, self.step)
+        if self.loggers is not None:
+            self.loggers.log(kind, fields, self.step)
 
     def _save_model(self) -> None:
         card = {

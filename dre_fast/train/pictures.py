@@ -12,7 +12,7 @@ _PAUSE = 60.0  # seconds between two drawings
 
 
 class Pictures:
-    """Draws curves.png and staleness.png from a run's log, now and then.
+    """Draws curves.png and staleness.png from a run's log, now and then, and writes its report at the end.
 
     Args:
         out: folder of the run.
@@ -36,3 +36,9 @@ class Pictures:
         draw_curves(self.out / "curves.png", {self.out.name: log})
         draw_staleness(self.out / "staleness.png", log, statistics=statistics)
         self._next = time.monotonic() + _PAUSE
+
+    def report(self) -> None:
+        """Write report.html, the page of `dre-fast report` without slides."""
+        from dre_fast.eval.run_report import write_report
+
+        write_report(self.out)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dre_fast.data.files import atomic_path, write_tensors
 
+EXPORTED = "model.safetensors"  # in a folder of dre_fast.integrations.hub
 CHECKPOINT, BEST, METRICS, CONFIG = "last.pt", "best.safetensors", "metrics.jsonl", "config.yaml"
 CHECKPOINT_FORMAT = "dre_fast-checkpoint-3"
 MODEL_FORMAT = 1
@@ -150,14 +151,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics log; a last line cut short by a kill is left out."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines if line.strip()]
-
-
-def open_board(out: Path, step: int) -> Any:
-    """A TensorBoard writer that drops what a killed run wrote past its checkpoint."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            f"run.tensorboard needs tensorboard ({error}): pip install 'dre_fast[train]', or set run.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step or None)

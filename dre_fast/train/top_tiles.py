@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ def write_sheets(
     count: int = 8,
     per_slide: int = 2,
     chunk: int = 256,
+    features: Sequence[Tensor] | None = None,
 ) -> list[Path]:
     """Write codewords_000.png, ... of sixteen codewords each, and codewords.csv, which names every tile on them.
 
@@ -36,6 +37,7 @@ def write_sheets(
         count: tiles a codeword.
         per_slide: of them from one slide, at most.
         chunk: tiles encoded at once.
+        features: of the slides' tiles, [n, D] each, where they are encoded already.
 
     Returns:
         The files.
@@ -44,8 +46,8 @@ def write_sheets(
 
     def every_slide() -> Iterator[tuple[Tensor, Tensor]]:
         for i in progress(range(len(slides)), "codewords", unit="slide"):
-            features = encode_tiles_of(loaded.model, slides.reader, i, chunk)
-            yield features, hard_assign(features, codebook)
+            own = features[i] if features else encode_tiles_of(loaded.model, slides.reader, i, chunk)
+            yield own, hard_assign(own, codebook)
 
     top = top_tiles(every_slide(), codebook, count=count, per_slide=per_slide)
     folder = Path(out)
@@ -53,10 +55,11 @@ def write_sheets(
     images: dict[tuple[int, int], np.ndarray] = {}
     for slide, tile in sorted({(slide, tile) for row in top.tiles for slide, tile, _ in row}):
         images[slide, tile] = slides.reader.read(slide, [tile])[0].permute(1, 2, 0).numpy()
+    title = f"Tiles nearest to each codeword in {len(slides)} slide{'s' if len(slides) > 1 else ''}, nearest on the left"
     files = []
     for first in range(0, len(codebook), _ROWS):
         rows = list(range(first, min(first + _ROWS, len(codebook))))
-        files.append(draw_sheet(folder / f"codewords_{first:03d}.png", top, images, rows))
+        files.append(draw_sheet(folder / f"codewords_{first:03d}.png", top, images, rows, title))
     with io.StringIO() as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["codeword", "tiles", "rank", "slide_id", "tile", "x", "y", "distance"])
