@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.torch $(NATIVE)
 	@echo "[2/2] installing dre_fast with everything the tests use"
-	$(PIP) --no-build-isolation -e '.[wsi,train,cucim,zarr,test,dev]'
+	$(PIP) --no-build-isolation -e '.[wsi,train,cucim,zarr,docs,test,dev]'
 	@touch $@ $(VENV)/.demo
 
 clean:

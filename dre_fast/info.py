@@ -44,6 +44,10 @@ OPTIONAL = {
     "tensorboard": Package("tensorboard", "train", "live curves"),
     "tqdm": Package("tqdm", "train", "progress bars"),
     "pyyaml": Package("yaml", "train", "config files"),
+    "huggingface_hub": Package("huggingface_hub", "train", "model folders, the Hub"),
+    "wandb": Package("wandb", "loggers", "curves at Weights & Biases"),
+    "mlflow": Package("mlflow", "loggers", "curves in MLflow"),
+    "lightning": Package("lightning", "lightning", "the Lightning module"),
     "timm": Package("timm", "", "tile encoders of timm"),
 }
 EXTRAS = {
@@ -57,6 +61,10 @@ EXTRAS = {
     ),
     "zarr": Extra("pip install 'dre_fast[zarr]'", "needed by no command but for bags kept in zarr"),
     "cucim": Extra("pip install 'dre_fast[cucim]' (2.3 GB)", "needed by no command: reads slides faster"),
+    "loggers": Extra("pip install 'dre_fast[loggers]'", "needed by run.loggers=[wandb] and [mlflow] alone"),
+    "lightning": Extra(
+        "pip install 'dre_fast[lightning]'", "needed by dre_fast.integrations.lightning alone"
+    ),
     "timm": Extra(
         "pip install timm torchvision (matching your torch)", "needed by model.encoder=timm:NAME alone"
     ),
