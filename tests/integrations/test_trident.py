@@ -87,7 +87,8 @@ def test_export(tmp_path: Path) -> None:
         with h5py.File(path, "r") as file:
             assert set(file) == {"features", "coords"}
             assert file["features"].dtype == np.float32
-            np.testing.assert_array_equal(file["features"][:], mil.embed(bag)[0].detach().numpy())
+            expected = mil.embed(bag)[0].detach().numpy()
+            np.testing.assert_allclose(file["features"][:], expected, atol=1e-5)
             assert file["features"].attrs["name"] == path.stem
             assert file["coords"].shape == (length, 2)
             assert file["coords"].dtype == np.int64
