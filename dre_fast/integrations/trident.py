@@ -78,7 +78,9 @@ def export_slide_features(
     h5py = need("h5py", "wsi")
     sources = sorted(Path(patch_features).glob("*.h5"))
     if not sources:
-        raise FileNotFoundError(f"{os.fspath(patch_features)}: no .h5 file; name TRIDENT's folder features_ENCODER")
+        raise FileNotFoundError(
+            f"{os.fspath(patch_features)}: no .h5 file; name TRIDENT's folder features_ENCODER"
+        )
     encoder.eval()
     written = []
     for source in sources:
