@@ -76,7 +76,7 @@ def main() -> dict[str, float]:
     args = parser.parse_args()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    places, steps, batch = (60, 10, 12) if args.small else (200, 100, 24)
+    places, steps, batch = (60, 10, 12) if args.small else (160, 80, 24)
     train, test = paint(places, generator), paint(places, generator)
     stored, queries = look(test, generator), look(test, generator)
     print(f"{places} places to train on, {places} others to find again, among {places} map images")

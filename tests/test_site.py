@@ -70,6 +70,7 @@ def test_strict_build(tmp_path: Path) -> None:
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "residual_encode" in api
     assert ":meth:" not in api
+    assert "<p>====" not in api
     raw = tmp_path / "site" / "files" / "benchmarks" / "results" / "cpu-2-cores" / "bank.json"
     assert raw.read_bytes() == (ROOT / "benchmarks" / "results" / "cpu-2-cores" / "bank.json").read_bytes()
 

@@ -118,7 +118,7 @@ def draw(path: Path) -> None:
     ax.text(6.35, 4.88, "afterwards: write f", fontsize=9, color=LIVE, va="center")
 
     box(ax, 10.2, 2.05, 4.1, 2.0, SOFT)
-    ax.text(12.25, 3.72, "kept for each slide and codeword", ha="center", fontsize=9, weight="bold")
+    ax.text(12.25, 3.72, "kept for each slide and codeword", ha="center", fontsize=9.5)
     ax.text(12.25, 3.2, r"$S_k$ = sum of its stored rows", ha="center", fontsize=11)
     ax.text(12.25, 2.75, r"$n_k$ = how many they are", ha="center", fontsize=11)
     ax.text(12.25, 2.3, "64-bit integers: exact in any order", ha="center", fontsize=9, style="italic")
