@@ -25,8 +25,10 @@ class ResidualSB(nn.Module):
     k is half the tiles, so no tile is both.
 
     Args:
+        gate: CLAM's first argument, gated attention or not; there is no attention here, so it changes nothing.
         size_arg: "small" or "big", the embedding's width (256, 384). k_sample: k.
-        dropout, n_classes, embed_dim: as in CLAM; embed_dim is D of the features.
+        dropout: in the head; True is 0.25, as in CLAM's first releases, which only said whether.
+        n_classes, embed_dim: as in CLAM; embed_dim is D of the features.
         instance_loss_fn: of logits [m, 2] and int64 targets [m]; default: cross-entropy.
         subtyping: the classes exclude each other.
         codebook: file of :func:`~dre_fast.integrations.build.save_codebook`. model: an existing model.
@@ -43,6 +45,7 @@ class ResidualSB(nn.Module):
 
     def __init__(
         self,
+        gate: bool = True,
         size_arg: str = "small",
         dropout: float = 0.0,
         k_sample: int = 8,
@@ -60,6 +63,7 @@ class ResidualSB(nn.Module):
             raise ValueError(f"{type(self).__name__}: CLAM needs at least two classes, got {n_classes}")
         if size_arg not in SIZES:
             raise ValueError(f"{type(self).__name__}: size_arg must be 'small' or 'big', got {size_arg!r}")
+        dropout = 0.25 if dropout is True else float(dropout)
         options = {"width": SIZES[size_arg], "dropout": dropout, **options}
         self.mil = build_model(embed_dim, n_classes, model, codebook, **options)
         self.n_classes, self.k_sample, self.subtyping = n_classes, k_sample, subtyping

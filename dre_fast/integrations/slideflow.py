@@ -56,15 +56,26 @@ class ResidualSlideflow(nn.Module):
         self.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
-def register(name: str = "residual_mil") -> None:
+def register(name: str = "residual_mil", **options: Any) -> None:
     """Make ``sf.mil.mil_config("residual_mil", ...)`` build :class:`ResidualSlideflow`.
+
+    Args:
+        name: what slideflow is to call it.
+        options: what the model is built with beside the sizes, which are all that slideflow passes: codebook,
+            codewords, width, ... Register it the same way before loading a trained one.
 
     Raises:
         ModuleNotFoundError: slideflow does not import.
     """
 
+    class Registered(ResidualSlideflow):
+        def __init__(self, n_feats: int, n_out: int, **more: Any) -> None:
+            super().__init__(n_feats, n_out, **{**options, **more})
+
+    Registered.__name__ = Registered.__qualname__ = ResidualSlideflow.__name__  # the name in slideflow's logs
+
     def residual_mil() -> type[ResidualSlideflow]:
-        return ResidualSlideflow
+        return Registered
 
     need_host("slideflow.mil", "slideflow").register_model(name)(residual_mil)
 

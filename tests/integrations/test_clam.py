@@ -126,6 +126,14 @@ def test_a_checkpoint_as_its_evaluation_loads_it(tmp_path: Path) -> None:
     assert all(torch.equal(model(bag)[0], trained(bag)[0]) for bag in some_bags())
 
 
+def test_arguments_in_the_order_and_forms_of_the_host() -> None:
+    torch.manual_seed(0)
+    model = ResidualSB(True, "small", True, 2, 2, nn.CrossEntropyLoss(), True, DIM, codewords=5)
+    assert (model.mil.width, model.k_sample, model.subtyping) == (256, 2, True)
+    assert {part.p for part in model.modules() if isinstance(part, nn.Dropout)} == {0.25}
+    assert {part.p for part in ResidualSB(dropout=False).modules() if isinstance(part, nn.Dropout)} == {0.0}
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="at least two classes"):
         ResidualSB(n_classes=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from mil_bags import CLASSES, DIM, LENGTHS, fitted, padded, plain_logits, some_bags
 from torch import nn
 
+from dre_fast.integrations.build import save_codebook
 from dre_fast.integrations.slideflow import ResidualSlideflow, register
 
 
@@ -68,7 +70,7 @@ def test_attention() -> None:
     assert torch.equal(weights[0, :30].argsort(), scores[0, :30, 0].argsort())
 
 
-def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     models: dict[str, Callable[[], type]] = {}
 
     def register_model(tag: str) -> Callable[[Callable[[], type]], Callable[[], type]]:
@@ -83,8 +85,18 @@ def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "slideflow", host)
     monkeypatch.setitem(sys.modules, "slideflow.mil", mil)
     register()
-    assert models["residual_mil"]() is ResidualSlideflow
-    assert isinstance(models["residual_mil"]()(DIM, 2, codewords=3), nn.Module)
+    assert isinstance(models["residual_mil"]()(DIM, 2, codewords=3), ResidualSlideflow)
+    # slideflow builds by the two sizes alone, so the codebook is named here
+    source = fitted()
+    save_codebook(source, tmp_path / "codebook.safetensors")
+    register("with_codebook", codewords=5, codebook=tmp_path / "codebook.safetensors")
+    cls = models["with_codebook"]()
+    assert (cls.__name__, cls.use_lens) == ("ResidualSlideflow", True)
+    model, bag = cls(DIM, 2), some_bags()[0]
+    assert torch.equal(model.mil.sums(bag), source.sums(bag))
+    again = models["with_codebook"]()(DIM, 2)
+    again.load_state_dict(model.state_dict())
+    assert model(bag[None], torch.tensor([30])).shape == (1, 2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("slideflow") is not None, reason="slideflow is installed")

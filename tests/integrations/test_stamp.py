@@ -29,6 +29,10 @@ def test_logits_are_those_of_the_plain_model(assignment: str) -> None:
     x, _ = padded(some_bags(), 0.0)
     torch.testing.assert_close(model(x, coords=coords, mask=None), expected)
     torch.testing.assert_close(model(x), expected)
+    alone = [
+        model(bag[None], coords=torch.zeros(1, len(bag), 2), mask=None) for bag in some_bags()
+    ]  # prediction
+    torch.testing.assert_close(torch.cat(alone), expected)
 
 
 def test_built_from_hyperparameters_and_trained(tmp_path: Path) -> None:

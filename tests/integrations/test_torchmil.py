@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 import torch
 from mil_bags import CLASSES, CODEWORDS, DIM, fitted, padded, plain_logits, some_bags
+from torch.utils.data import DataLoader
+from torchmil import datasets
+from torchmil.data import collate_fn
+from torchmil.models import MILModel, MILModelWrapper
+from torchmil.utils import Trainer
 
-pytest.importorskip(
-    "torchmil.models",
-    reason="needs torchmil (pip install torchmil), which is no part of the project's environment",
-)
-datasets = pytest.importorskip("torchmil.datasets")
-
-from torch.utils.data import DataLoader  # noqa: E402
-from torchmil.data import collate_fn  # noqa: E402
-from torchmil.models import MILModel, MILModelWrapper  # noqa: E402
-from torchmil.utils import Trainer  # noqa: E402
-
-from dre_fast.integrations.torchmil import ResidualTorchMIL  # noqa: E402
+from dre_fast.integrations.torchmil import ResidualTorchMIL
 
 
 def adapted(classes: int = 1) -> ResidualTorchMIL:
