@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,15 +69,35 @@ def split_records(cohort: Cohort, data: DataConfig) -> tuple[Records, Records]:
 
 
 def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -> None:
-    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen
-    and of tasks that validation cannot judge.
+    """:func:`check_targets`, and validation slides that cannot judge are refused.
 
     Raises:
         ValueError: a label column without a label among the training slides, or validation slides with neither label
             nor report.
     """
+    check_targets(tasks, train.targets, None if val is None else val.targets)
+    if val is None or (val.report_rows >= 0).any():
+        return
+    if not any(labelled(val.targets[task.name]).any() for task in tasks):
+        raise ValueError(
+            "no validation slide has a label or a report, so no epoch is better than another; "
+            "label some, or set data.val_split=null"
+        )
+
+
+def check_targets(
+    tasks: Sequence[Task], train: Mapping[str, Tensor], val: Mapping[str, Tensor] | None
+) -> None:
+    """Refuse tasks that cannot learn; warn of classes never seen and of tasks that validation cannot judge.
+
+    Args:
+        train, val: task -> targets of the training and the validation slides.
+
+    Raises:
+        ValueError: a label column without a label among the training slides.
+    """
     for task in tasks:
-        target = train.targets[task.name].reshape(len(train), -1)
+        target = train[task.name].reshape(len(train[task.name]), -1)
         for i, column in enumerate(task.columns):
             if not labelled(target[:, i]).any():
                 raise ValueError(f"task {task.name!r}, column {column!r}: no training slide has a label")
@@ -86,20 +106,13 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
             if unseen:
                 warnings.warn(
                     f"task {task.name!r}: no training slide is {' or '.join(unseen)}; it will never be predicted",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        if val is not None and not labelled(val.targets[task.name]).any():
+        if val is not None and not labelled(val[task.name]).any():
             warnings.warn(
                 f"task {task.name!r}: no validation slide has a label; it has no part in picking the best epoch",
-                stacklevel=2,
+                stacklevel=3,
             )
-    if val is None or (val.report_rows >= 0).any():
-        return
-    if not any(labelled(val.targets[task.name]).any() for task in tasks):
-        raise ValueError(
-            "no validation slide has a label or a report, so no epoch is better than another; "
-            "label some, or set data.val_split=null"
-        )
 
 
 def data_fingerprint(train: SlideSet, val: SlideSet | None, reports: Reports | None) -> dict[str, str]:
