@@ -26,7 +26,8 @@ FORMAT_VERSION = 1
 # Microns per pixel times magnification, the convention behind "20x is 0.5 um/px".
 UM_TIMES_MAGNIFICATION = 10.0
 MAGNIFICATIONS = (80, 60, 40, 20, 10, 5, 2.5, 1.25)
-_TRIDENT_KEYS = ("patch_size_level0", "level0_magnification", "target_magnification")
+_MAGNIFICATIONS = ("level0_magnification", "target_magnification")
+_TRIDENT_KEYS = ("patch_size_level0", *_MAGNIFICATIONS)
 
 
 class CoordsError(ValueError):
@@ -72,7 +73,7 @@ def read_coords(path: str | Path) -> Tiling:
             attributes = _Attributes(path, dict(file["coords"].attrs))
     except OSError as error:
         raise CoordsError(f"{path}: not a readable HDF5 file: {error}") from error
-    coords = _checked(path, rows)
+    coords = checked_coords(path, rows)
     if FORMAT in attributes:
         return _read_own(attributes, coords)
     if any(key in attributes for key in _TRIDENT_KEYS):
@@ -123,6 +124,32 @@ def _attributes(path: Path, tiling: Tiling) -> dict[str, Any]:
         target = magnification * read_size / tiling.tile_size_level0
         values["target_magnification"] = round(target) if math.isclose(target, round(target)) else target
     return {key: value for key, value in values.items() if value is not None}
+
+
+def tile_size_level0(path: str | Path, attributes: Mapping[str, Any]) -> float | None:
+    """Level-0 pixels a tile is wide, by attributes of dre_fast, TRIDENT or CLAM; None where they do not say.
+
+    Args:
+        path: the file they come from, for messages.
+
+    Raises:
+        CoordsError: an attribute that is not a number.
+    """
+    a = _Attributes(Path(path), attributes)
+    if "patch_size" in a and _MAGNIFICATIONS[0] in a and _MAGNIFICATIONS[1] in a and FORMAT not in a:
+        source, target = (a.number(key, "TRIDENT") for key in _MAGNIFICATIONS)
+        if source > 0 and target > 0:
+            return _trident_footprint(a.number("patch_size", "TRIDENT"), source, target)
+    if "patch_size_level0" in a:
+        return a.number("patch_size_level0", "TRIDENT")
+    if (
+        "patch_size" in a
+        and "patch_level" in a
+        and ("downsample" in a or not a.number("patch_level", "CLAM"))
+    ):
+        downsample = a.number("downsample", "CLAM") if "downsample" in a else 1.0
+        return round(a.number("patch_size", "CLAM") * downsample)
+    return None
 
 
 def nominal_magnification(mpp: float) -> float:
@@ -216,9 +243,6 @@ def _read_trident(a: _Attributes, coords: np.ndarray) -> Tiling:
     if source <= 0 or target <= 0:
         raise CoordsError(f"{a.path}: magnifications of 'coords' must be positive, got {source}, {target}")
     has_size = "level0_width" in a and "level0_height" in a
-    # TRIDENT lays its grid and cuts its tiles by the rounded product; its own patch_size_level0 is rounded
-    # down.
-    footprint = round(tile_size * source / target)
     return Tiling(
         slide_id=a.slide_id(),
         coords=coords,
@@ -227,10 +251,16 @@ def _read_trident(a: _Attributes, coords: np.ndarray) -> Tiling:
         slide_mpp=UM_TIMES_MAGNIFICATION / source,
         level=None,
         read_size=None,
-        tile_size_level0=footprint,
+        tile_size_level0=_trident_footprint(tile_size, source, target),
         dimensions=(a.integer("level0_width", who), a.integer("level0_height", who)) if has_size else None,
         overlap=a.integer("overlap", who) if "overlap" in a else 0,
     )
+
+
+def _trident_footprint(tile_size: float, source: float, target: float) -> int:
+    # TRIDENT lays its grid and cuts its tiles by the rounded product; its own patch_size_level0 is rounded
+    # down.
+    return round(tile_size * source / target)
 
 
 def _read_clam(a: _Attributes, coords: np.ndarray) -> Tiling:
@@ -258,7 +288,12 @@ def _read_clam(a: _Attributes, coords: np.ndarray) -> Tiling:
     )
 
 
-def _checked(path: Path, rows: np.ndarray) -> np.ndarray:
+def checked_coords(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Level-0 coordinates int64 [N,2] from what a file holds, [N,2] or [1,N,2].
+
+    Raises:
+        CoordsError: another shape, not numbers, or fractions; names the file.
+    """
     if rows.ndim == 3 and rows.shape[0] == 1:
         rows = rows[0]
     if rows.size == 0:
