@@ -29,11 +29,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     return path
 
 
-def write_study(root: Path, cases: int = 30, first: int = 0, seed: int = 0) -> list[dict[str, object]]:
+def write_study(root: Path, cases: int = 48, first: int = 0, seed: int = 0) -> list[dict[str, object]]:
     """``features/`` and ``labels.csv`` under ``root``; every third case has two slides.
 
-    Columns: case_id, slide_id, label (tumor or normal, by three tiles), gene (1 where tumor, some missing), chance (drawn),
-    months and dead (tumor dies early).
+    Columns: case_id, slide_id, label (tumor or normal, by three tiles), gene (1 where tumor, some missing),
+    chance (drawn), months and dead (tumor dies early).
     """
     kinds = np.random.default_rng(7).normal(size=(4, DIM)).astype(np.float32)
     mark = np.random.default_rng(8).normal(size=DIM).astype(np.float32)
@@ -41,10 +41,11 @@ def write_study(root: Path, cases: int = 30, first: int = 0, seed: int = 0) -> l
     rows: list[dict[str, object]] = []
     for number in range(first, first + cases):
         tumor = number % 2
+        months = float(rng.uniform(1, 9) if tumor else rng.uniform(20, 60))
         for slide in range(2 if number % 3 == 0 else 1):
             n = int(rng.integers(TILES // 2, TILES))
             x = kinds[rng.integers(4, size=n)] + 0.5 * rng.normal(size=(n, DIM)).astype(np.float32)
-            x[:MARKED] += 3 * mark * (1 if tumor else -1)
+            x[:MARKED] += 4 * mark * (1 if tumor else -1)
             name = f"P{number:03d}-{slide}"
             write_bag(root / "features", name, x[rng.permutation(n)])
             rows.append(
@@ -54,7 +55,7 @@ def write_study(root: Path, cases: int = 30, first: int = 0, seed: int = 0) -> l
                     "label": ("normal", "tumor")[tumor],
                     "gene": "" if number % 5 == 0 else tumor,
                     "chance": int(rng.integers(2)),
-                    "months": round(float(rng.uniform(1, 9) if tumor else rng.uniform(20, 60)), 1),
+                    "months": round(months, 1),
                     "dead": int(tumor or number % 4 == 0),
                 }
             )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from dre_fast.cli.common import add_judging, add_labels, positive, validation
+
+if TYPE_CHECKING:
+    from dre_fast.data.cohort import Cohort, Task
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from dre_fast.data.bag_cohort import bag_cohort, yes_where_not
     from dre_fast.data.task_words import parse_tasks
     from dre_fast.eval.fold_scores import score_grid
-    from dre_fast.eval.metrics import format_rows
+    from dre_fast.eval.metrics import check_patient_labels, format_rows
     from dre_fast.eval.mil import MILCrossValidation, train_on_splits
     from dre_fast.eval.protocols import Judging
     from dre_fast.train.mil_settings import MILSettings
@@ -129,8 +134,11 @@ def run(args: argparse.Namespace) -> int:
     if args.negative:
         cohort = yes_where_not(cohort, args.negative)
     tasks = parse_tasks(args.tasks, cohort, args.survival)
-    shown = ", ".join(f"{task.name} ({task.kind})" for task in tasks)
-    print(f"{len(cohort)} slides of {len(cohort.cases)} cases; {shown}", file=sys.stderr)
+    print(f"{len(cohort)} slides of {len(cohort.cases)} cases", file=sys.stderr)
+    for task in tasks:
+        print(f"task {task.name} ({task.kind}): {_counted(task, cohort)}", file=sys.stderr)
+    if args.level == "patient":
+        check_patient_labels(cohort, tasks)
     out = Path(args.out)
     dealt = any(record.fold is not None for record in cohort.records)
     if cohort.splits and args.folds is None:
@@ -170,3 +178,17 @@ def run(args: argparse.Namespace) -> int:
         if (out / name).exists():
             print(out / name)
     return 0
+
+
+def _counted(task: Task, cohort: Cohort) -> str:
+    """How many slides have which label."""
+    if task.kind == "survival":
+        event = cohort.encode(task)[:, 1]
+        return f"{int((event == 1).sum())} events, {int((event == 0).sum())} censored"
+    if task.kind == "multilabel":
+        target = cohort.encode(task)
+        each = zip(task.columns, (target == 1).sum(0).tolist(), (target == 0).sum(0).tolist())
+        return ", ".join(f"{column} {yes} yes and {no} no" for column, yes, no in each)
+    column = task.columns[0]
+    counts = Counter(r.labels[column] for r in cohort.records if r.labels[column] is not None)
+    return ", ".join(f"{value} {counts[value]}" for value in cohort.label_values(column))

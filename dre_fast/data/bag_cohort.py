@@ -52,8 +52,6 @@ def bag_cohort(
         ValueError: as of ``find_bags``.
     """
     table, files = Path(labels), find_bags(folder)
-    if not files:
-        raise CohortError(f"{folder}: no feature files in it")
     values = [*MISSING, *missing]
     header = read_table(table, ())[0]
     lower = {name.lower() for name in header}
@@ -84,8 +82,6 @@ def bag_cohort(
 def cohort_of_bags(folder: str | Path) -> Cohort:
     """The bags of a folder as a cohort without labels; cases as :func:`dre_fast.data.cohort.case_of` knows them."""
     files = find_bags(folder)
-    if not files:
-        raise CohortError(f"{folder}: no feature files in it")
     return Cohort([SlideRecord(name, case_of(name), file) for name, file in files.items()], (), str(folder))
 
 

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from dre_fast.cli import main
-from dre_fast.data.cohort import Cohort
+from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.train.mil_files import load_mil
 from mil_study import write_bag, write_study, write_table
 
-SMALL = ["--codewords", "6", "--width", "32", "--head", "light", "--epochs", "12", "--lr", "3e-3", "--batch-size", "8", "--bootstrap", "200"]
+SMALL = [
+    *("--codewords", "6", "--width", "32", "--head", "light", "--epochs", "12", "--lr", "3e-3"),
+    *("--batch-size", "8", "--bootstrap", "200"),
+]
 TASK = ["--tasks", "label"]
 
 
@@ -84,17 +87,17 @@ def test_two_commands_of_a_new_user(study, tmp_path):
 
 def test_files_of_a_cross_validation(study, cv):
     cohort = Cohort.read(cv / "folds.csv", require_path=False)
-    assert len(cohort) == 40
+    assert len(cohort) == 64
     rows = read(cv / "predictions.csv")
     assert {row["slide_id"]: int(row["fold"]) for row in rows} == {r.slide_id: r.fold for r in cohort}
     pooled = SlideEmbeddings.load(cv / "out_of_fold.safetensors")
-    chance = pooled.logits["label"].softmax(1)[:, 1].tolist()
-    assert [float(row["p_label_tumor"]) for row in rows] == pytest.approx(chance, abs=1e-5)
+    chance = pooled.logits["label"].sigmoid()[:, 0].tolist()
+    assert [float(row["p_label"]) for row in rows] == pytest.approx(chance, abs=1e-5)
     assert [row["label_label"] for row in rows] == [cohort[row["slide_id"]].labels["label"] for row in rows]
     assert float(read(cv / "calibration.csv")[0]["ece"]) <= 1
     for fold in range(3):
         trained = load_mil(cv / f"fold-{fold}")
-        assert trained.tasks[0].classes == ("normal", "tumor")
+        assert trained.tasks == [Task("label", "binary")]
         history = read(cv / f"fold-{fold}" / "history.csv")
         best = max(history, key=lambda row: float(row["val_score"]))
         assert int(best["epoch"]) == trained.epoch
@@ -140,7 +143,7 @@ def test_one_model_on_given_splits(study, tmp_path, capsys):
     rows = read(study / "labels.csv")
     for row in rows:
         number = int(row["case_id"][1:])
-        row["split"] = "train" if number < 15 else "val" if number < 20 else "test"
+        row["split"] = "train" if number < 28 else "val" if number < 36 else "test"
     rows[-1]["split"] = ""
     table = write_table(tmp_path / "splits.csv", rows)
     command = ["mil", str(study / "features"), str(table), *TASK, *SMALL]
@@ -210,8 +213,8 @@ def test_deploy_refuses_what_the_models_have_seen(study, cv, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "d").exists()
 
-    rows[4]["label"] = "benign"
-    refused("'benign' is not a class of task 'label'")
+    rows[4]["label"] = "unclear"
+    refused("task 'label': 'unclear' is neither yes nor no")
     rows[4]["label"], case = "normal", rows[4]["case_id"]
     rows[4]["case_id"] = "P002"
     refused("case 'P002' is in")
@@ -223,10 +226,10 @@ def test_deploy_refuses_what_the_models_have_seen(study, cv, tmp_path, capsys):
     assert deploy(cv, tmp_path, tmp_path / "d", "--labels", str(table), "--level", "patient") == 0
     found = SlideEmbeddings.load(tmp_path / "d" / "averaged.safetensors")
     parts = [
-        SlideEmbeddings.load(tmp_path / "d" / f"fold-{i}.safetensors").logits["label"].softmax(1)
+        SlideEmbeddings.load(tmp_path / "d" / f"fold-{i}.safetensors").logits["label"].sigmoid()
         for i in range(3)
     ]
-    assert found.logits["label"].softmax(1).allclose(sum(parts) / 3, atol=1e-6)
+    assert found.logits["label"].sigmoid().allclose(sum(parts) / 3, atol=1e-6)
     assert int(read(tmp_path / "d" / "scores.csv")[0]["samples"]) == 12
 
 
@@ -242,7 +245,7 @@ def test_deploy_of_an_unfinished_run_and_of_none(cv, study, tmp_path, capsys):
 def test_survival_and_a_panel_by_patient(study, tmp_path):
     more = [
         "--tasks",
-        "genes=gene,chance",
+        "genes=gene,dead",
         "--survival",
         "os=months,dead",
         "--level",
@@ -253,8 +256,14 @@ def test_survival_and_a_panel_by_patient(study, tmp_path):
     assert mil(study, tmp_path / "cv", *more, "--folds", "3", "--val", "none", "--amp", "bf16") == 0
     found = {(row["task"], row["column"], row["metric"]): row for row in read(tmp_path / "cv" / "scores.csv")}
     assert float(found["os", "", "c-index"]["pooled"]) > 0.6
-    assert int(found["os", "", "c-index"]["samples"]) == 30
-    assert int(found["genes", "gene", "auc"]["samples"]) == 24  # six patients without it
+    assert int(found["os", "", "c-index"]["samples"]) == 48
+    assert int(found["genes", "gene", "auc"]["samples"]) == 38  # ten patients without it
+
+
+def test_patients_with_two_labels_are_said_before_training(study, tmp_path, capsys):
+    assert mil(study, tmp_path / "cv", "--tasks", "chance", "--level", "patient") == 2
+    assert "different labels" in capsys.readouterr().err
+    assert not (tmp_path / "cv").exists()
 
 
 def test_faults_of_tables_are_said(study, tmp_path, capsys):
@@ -264,7 +273,6 @@ def test_faults_of_tables_are_said(study, tmp_path, capsys):
 
     refused("name what to learn with --tasks")
     refused("no label column 'grade'", "--tasks", "grade")
-    refused("'months' is neither yes", "--tasks", "panel=label,gene") if False else None
-    refused("column 'label', task 'panel'", "--tasks", "panel=label,months")
+    refused("column 'months', task 'panel': '20.4' is neither yes nor no", "--tasks", "panel=label,months")
     refused("no label column holds WT", "--negative", "WT", *TASK)
     refused("at least 2", "--folds", "1", *TASK)

@@ -56,10 +56,13 @@ def test_what_is_missing_is_counted_and_named(tmp_path):
         assert bag_cohort(folder, table, skip_missing=True).ids == ["s1"]
     assert len(said) == 2
     write_table(table, [{"slide_id": "z", "case_id": "z", "y": 1}])
-    with pytest.warns(UserWarning), pytest.raises(CohortError, match="none of its 1 rows has a bag"):
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(CohortError, match="none of its 1 rows has a bag"),
+    ):
         bag_cohort(folder, table, skip_missing=True)
-    with pytest.raises(CohortError, match="no feature files"):
-        bag_cohort(tmp_path / "l.csv" / "..", table)
+    with pytest.raises(ValueError, match="no such folder"):
+        bag_cohort(tmp_path / "none", table)
 
 
 def test_names_of_slide_files_and_names_that_go_on(tmp_path):
@@ -83,7 +86,10 @@ def test_names_of_slide_files_and_names_that_go_on(tmp_path):
         "b",
     ]
     bags(tmp_path, "TCGA-05-4244-01Z-00-DX1.OTHER")
-    with pytest.warns(UserWarning), pytest.raises(CohortError, match="row 2.* any of 2 bags"):
+    with (
+        pytest.warns(UserWarning, match="bear no"),
+        pytest.raises(CohortError, match=r"row 2.* any of 2 bags"),
+    ):
         bag_cohort(folder, table)
 
 
@@ -104,7 +110,7 @@ def test_columns_of_other_names(tmp_path):
 def test_a_column_of_patients_is_not_passed_over(tmp_path):
     folder = bags(tmp_path, "s1", "s2")
     table = write_table(tmp_path / "l.csv", [{"slide_id": s, "patient": "p", "y": 1} for s in ("s1", "s2")])
-    with pytest.raises(CohortError, match="no column 'case_id', but 'patient'.*--case-column patient"):
+    with pytest.raises(CohortError, match=r"no column 'case_id', but 'patient'.*--case-column patient"):
         bag_cohort(folder, table)
     assert bag_cohort(folder, table, case_column="patient").cases == ["p"]
     assert bag_cohort(folder, table, case_column="slide_id").cases == ["s1", "s2"]
@@ -146,7 +152,7 @@ def test_real_labels_by_slide(test_data, tmp_path):
         cohort = bag_cohort(folder, table, case_column="case_submitter_id", skip_missing=True)
     assert cohort.ids == names
     assert cohort.cases == list(dict.fromkeys(name[:12] for name in names))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="1305 slides"):
         assert bag_cohort(folder, table, skip_missing=True).cases == cohort.cases
     task = parse_tasks(["genes=EGFR,KRAS,TP53"], cohort)[0]
     assert not cohort.encode(task).isnan().any()

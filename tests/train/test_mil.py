@@ -30,7 +30,7 @@ LABEL = Task("label", "multiclass", classes=("normal", "tumor"))
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mil")
-    write_study(root)
+    write_study(root, cases=30)
     return root
 
 
@@ -184,7 +184,7 @@ def test_bags_that_cannot_be_used_are_named(study, cohort, bags, tmp_path):
 
     spoilt = np.ones((9, DIM), np.float32)
     spoilt[6, 2] = np.nan
-    with pytest.raises(ValueError, match=r"slide 'P004-0' .*P004-0.h5\), tile 6: NaN or Inf .*1 of 9 tiles"):
+    with pytest.raises(ValueError, match=r"P004-0.h5: slide P004-0.* tile 6"):
         BagSet(folder(spoilt))
     with pytest.raises(ValueError, match=r"slide 'P004-0' .*D=5, those of slide 'P000-0' have D=16"):
         BagSet(folder(np.ones((9, 5), np.float32)))
