@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from dre_fast.data.bag_cohort import bag_cohort, cohort_of_bags, yes_where_not
     from dre_fast.eval.fold_scores import score_grid
-    from dre_fast.eval.mil import deploy
+    from dre_fast.eval.mil_deploy import deploy
     from dre_fast.eval.protocols import Judging
 
     if args.labels is None:

@@ -1,26 +1,21 @@
-"""Protocols of a classifier of bags: cross-validation by case, one model on given splits, another cohort."""
+"""Protocols of a classifier of bags: cross-validation by case, and one model on given splits."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dre_fast.data.bag_cohort import refuse_shared_file, refuse_shared_report
-from dre_fast.data.cohort import Cohort, CohortError, Task
+from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.data.files import write_text_atomic
-from dre_fast.eval.calibration import calibrate, write_calibration
 from dre_fast.eval.fold_scores import (
     FoldScore,
-    average_predictions,
     fold_scores,
     pool_predictions,
     score_grid,
@@ -29,21 +24,36 @@ from dre_fast.eval.folds import (
     fold_numbers,
     freeze_folds,
     frozen_folds,
-    refuse_overlap,
     split_for,
     with_folds,
 )
-from dre_fast.eval.metrics import MetricRow, evaluate_predictions, write_tables
+from dre_fast.eval.metrics import MetricRow, write_tables
+from dre_fast.eval.mil_folder import (
+    BAGS,
+    FOLDS,
+    HISTORY,
+    OUT_OF_FOLD,
+    PREDICTIONS,
+    SETTINGS,
+    SPLITS,
+    began_in,
+    cards_of,
+    check_same_bags,
+    check_same_settings,
+    columns_of,
+    csv_text,
+    judge_calibration,
+    judged_rows,
+    open_bags,
+    write_bags,
+)
 from dre_fast.eval.predictions_csv import write_predictions
 from dre_fast.eval.protocols import Judging
 from dre_fast.train.bag_set import BagSet
 from dre_fast.train.checks import pick_device
 from dre_fast.train.mil import TrainedMIL, train_mil
-from dre_fast.train.mil_files import MODEL, load_mil, save_mil
+from dre_fast.train.mil_files import save_mil
 from dre_fast.train.mil_settings import MILSettings
-
-FOLDS, SPLITS, BAGS, SETTINGS = "folds.csv", "splits.csv", "bags.csv", "settings.json"
-PREDICTIONS, OUT_OF_FOLD, HISTORY = "predictions.safetensors", "out_of_fold.safetensors", "history.csv"
 
 
 class MILCrossValidation:
@@ -84,8 +94,8 @@ class MILCrossValidation:
         self.out, self.settings, self.validation = Path(out), settings or MILSettings(), validation
         self.device = pick_device(device)
         self.tasks = list(tasks)
-        began = _began(self.out, FOLDS, resume)
-        columns = _columns(self.tasks)
+        began = began_in(self.out, FOLDS, resume)
+        columns = columns_of(self.tasks)
         if began:
             cohort = frozen_folds(cohort, self.out / FOLDS, columns, folds=folds)
         else:
@@ -93,17 +103,17 @@ class MILCrossValidation:
         refuse_shared_file(cohort, "fold")
         refuse_shared_report(cohort, "fold")
         self.cohort, self.folds = cohort, fold_numbers(cohort)
-        said = {**asdict(self.settings), "validation": validation, "tasks": _cards(self.tasks)}
+        said = {**asdict(self.settings), "validation": validation, "tasks": cards_of(self.tasks)}
         if began:
-            _check_same(self.out / SETTINGS, said)
+            check_same_settings(self.out / SETTINGS, said)
         self._rounds = {
             fold: self._split(fold) for fold in self.folds
         }  # all of them before anything is written
-        self.bags = _open(cohort, self.settings, memory_gb)
+        self.bags = open_bags(cohort, self.settings, memory_gb)
         if began:
-            _check_same_bags(self.bags, self.out / BAGS)
+            check_same_bags(self.bags, self.out / BAGS)
             return
-        _write_bags(self.bags, self.out / BAGS)
+        write_bags(self.bags, self.out / BAGS)
         write_text_atomic(self.out / SETTINGS, json.dumps(said, indent=2) + "\n")
         freeze_folds(cohort, self.out / FOLDS, columns)
 
@@ -144,13 +154,13 @@ class MILCrossValidation:
         fold_of = {slide: fold for fold, part in parts.items() for slide in part.slide_ids}
         write_predictions(pooled, self.cohort, self.out / "predictions.csv", {"fold": fold_of})
         per_fold = {
-            fold: _rows(part, self._rounds[fold].subset("test"), how, self.settings.seed, bootstrap=0)
+            fold: judged_rows(part, self._rounds[fold].subset("test"), how, self.settings.seed, bootstrap=0)
             for fold, part in parts.items()
         }
-        joint = _rows(pooled, self.cohort, how, self.settings.seed, model_of=fold_of)
+        joint = judged_rows(pooled, self.cohort, how, self.settings.seed, model_of=fold_of)
         scores = fold_scores(per_fold, joint)
         score_grid(scores, "pooled").write(self.out / "scores")
-        _calibration(pooled, self.cohort, how, self.out)
+        judge_calibration(pooled, self.cohort, how, self.out)
         return scores
 
     def _split(self, fold: int) -> Cohort:
@@ -179,19 +189,19 @@ def train_on_splits(
         ValueError: as of :class:`MILCrossValidation`, or no slide is in the train split.
     """
     out, settings, how, tasks = Path(out), settings or MILSettings(), how or Judging(), list(tasks)
-    _began(out, SPLITS, False)
+    began_in(out, SPLITS, False)
     cohort = cohort.subset(list(cohort.splits) or ["train"])
     cohort.subset("train")
     refuse_shared_file(cohort, "split")
     refuse_shared_report(cohort, "split")
-    bags = _open(cohort, settings, memory_gb)
-    _write_bags(bags, out / BAGS)
+    bags = open_bags(cohort, settings, memory_gb)
+    write_bags(bags, out / BAGS)
     write_text_atomic(
-        out / SETTINGS, json.dumps({**asdict(settings), "tasks": _cards(tasks)}, indent=2) + "\n"
+        out / SETTINGS, json.dumps({**asdict(settings), "tasks": cards_of(tasks)}, indent=2) + "\n"
     )
-    columns = _columns(tasks)
+    columns = columns_of(tasks)
     rows = [[r.slide_id, r.case_id, r.split, *(r.labels[c] for c in columns)] for r in cohort.records]
-    write_text_atomic(out / SPLITS, _csv([["slide_id", "case_id", "split", *columns], *rows]))
+    write_text_atomic(out / SPLITS, csv_text([["slide_id", "case_id", "split", *columns], *rows]))
     parts = _parts(cohort, bags)
     trained = _train(
         bags,
@@ -210,72 +220,10 @@ def train_on_splits(
     predictions = trained.predict(bags, parts["test"])
     predictions.save(out / PREDICTIONS)
     write_predictions(predictions, test, out / "predictions.csv")
-    found = _rows(predictions, test, how, settings.seed)
+    found = judged_rows(predictions, test, how, settings.seed)
     write_tables(found, out / "scores")
-    _calibration(predictions, test, how, out)
+    judge_calibration(predictions, test, how, out)
     return found
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """What saved models say of another cohort: averaged predictions, and scores where it has labels."""
-
-    predictions: SlideEmbeddings
-    scores: list[FoldScore]
-    files: list[Path]
-
-
-def deploy(
-    run: str | Path,
-    cohort: Cohort,
-    out: str | Path,
-    how: Judging | None = None,
-    *,
-    device: str = "auto",
-) -> Deployed:
-    """Apply the models of a run to the bags of a cohort that none of them has seen.
-
-    Files: fold-N.safetensors, the predictions of each model; averaged.safetensors and predictions.csv, of their mean
-    probabilities; with labels scores.csv and scores.md, calibration.csv and .png.
-
-    Args:
-        run: folder of :class:`MILCrossValidation` or :func:`train_on_splits`.
-        cohort: of ``bag_cohort`` or ``cohort_of_bags``; tasks whose columns it lacks are not judged.
-
-    Raises:
-        ValueError: no models there, a case, slide or bag that they were trained on, bags of another D, or labels that
-            they do not know.
-    """
-    run, out, how = Path(run), Path(out), how or Judging()
-    models = _models_of(run, pick_device(device))
-    refuse_overlap(_trained_on(run), cohort)
-    tasks = next(iter(models.values())).tasks
-    judged = [task for task in tasks if set(task.columns) <= set(cohort.label_names)]
-    for task in judged:
-        cohort.encode(task)
-    bags = BagSet(cohort, memory_gb=4.0)
-    bags.refuse_copies()
-    _refuse_seen(bags, run)
-    parts = {}
-    for number, model in models.items():
-        parts[number] = model.predict(bags)
-        parts[number].save(out / f"fold-{number}.safetensors")
-    averaged = average_predictions(list(parts.values()))
-    averaged.save(out / "averaged.safetensors")
-    files = [write_predictions(averaged, cohort, out / "predictions.csv")]
-    scores: list[FoldScore] = []
-    if judged:
-        seed, names = next(iter(models.values())).settings.seed, [task.name for task in judged]
-        per_fold = {n: _rows(part, cohort, how, seed, bootstrap=0, tasks=names) for n, part in parts.items()}
-        scores = fold_scores(per_fold, _rows(averaged, cohort, how, seed, tasks=names))
-        files += score_grid(scores, "averaged").write(out / "scores")
-        files += _calibration(averaged, cohort, how, out, names)
-    elif cohort.label_names:
-        warnings.warn(
-            f"{cohort.source}: no label columns for {', '.join(task.name for task in tasks)}; not judged",
-            stacklevel=2,
-        )
-    return Deployed(averaged, scores, files)
 
 
 def _train(
@@ -297,7 +245,9 @@ def _train(
     )
     rows = trained.history
     header = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
-    write_text_atomic(folder / HISTORY, _csv([header, *([row.get(key) for key in header] for row in rows)]))
+    write_text_atomic(
+        folder / HISTORY, csv_text([header, *([row.get(key) for key in header] for row in rows)])
+    )
     save_mil(trained, folder)
     slides = ", ".join(f"{len(numbers)} {split}" for split, numbers in parts.items() if numbers)
     kept = rows[trained.epoch]
@@ -322,130 +272,3 @@ def _parts(cohort: Cohort, bags: BagSet) -> dict[str, list[int]]:
         if record.split is not None:
             found[record.split].append(place[record.slide_id])
     return found
-
-
-def _rows(
-    part: SlideEmbeddings,
-    cohort: Cohort,
-    how: Judging,
-    seed: int,
-    *,
-    bootstrap: int | None = None,
-    model_of: Mapping[str, int] | None = None,
-    tasks: Sequence[str] | None = None,
-) -> list[MetricRow]:
-    return evaluate_predictions(
-        part,
-        cohort,
-        tasks=tasks,
-        level=how.level,
-        bootstrap=how.bootstrap if bootstrap is None else bootstrap,
-        confidence=how.confidence,
-        seed=seed,
-        model_of=model_of,
-    )
-
-
-def _calibration(
-    predictions: SlideEmbeddings, cohort: Cohort, how: Judging, out: Path, tasks: Sequence[str] | None = None
-) -> list[Path]:
-    found = calibrate(predictions, cohort, level=how.level, tasks=tasks)
-    return write_calibration(found, out) if found else []
-
-
-def _open(cohort: Cohort, settings: MILSettings, memory_gb: float) -> BagSet:
-    bags = BagSet(cohort, sample=settings.codebook_tiles, seed=settings.seed, memory_gb=memory_gb)
-    bags.refuse_copies()
-    return bags
-
-
-def _began(out: Path, file: str, resume: bool) -> bool:
-    """Whether the folder holds a run of this kind to go on with."""
-    used = next((out / name for name in (FOLDS, SPLITS, SETTINGS) if (out / name).exists()), None)
-    if used is None:
-        return False
-    if not (out / file).exists():
-        if used.name == SETTINGS and resume:  # killed before it began
-            return False
-        raise ValueError(f"{out} holds another run ({used.name}); name another folder")
-    if not resume:
-        hint = "pass --resume to go on with it, or name" if file == FOLDS else "name"
-        raise ValueError(f"{out} already holds a run: {hint} another folder")
-    return True
-
-
-def _check_same(written: Path, said: Mapping[str, Any]) -> None:
-    before, now = json.loads(written.read_text(encoding="utf-8")), json.loads(json.dumps(said))
-    for key in {**before, **now}:
-        if before.get(key) != now.get(key):
-            raise ValueError(
-                f"{written}: {key} was {before.get(key)!r} when it began and is {now.get(key)!r} now; a resumed run "
-                "keeps its settings: to change them, name another folder"
-            )
-
-
-def _write_bags(bags: BagSet, path: Path) -> None:
-    rows = [[r.slide_id, n, mark] for r, n, mark in zip(bags.records, bags.tiles, bags.marks)]
-    write_text_atomic(path, _csv([["slide_id", "tiles", "mark"], *rows]))
-
-
-def _read_bags(path: Path) -> dict[str, str]:
-    """Slide -> mark of its features."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return {row["slide_id"]: row["mark"] for row in csv.DictReader(file)}
-
-
-def _check_same_bags(bags: BagSet, path: Path) -> None:
-    before = _read_bags(path)
-    for record, mark in zip(bags.records, bags.marks):
-        if before.get(record.slide_id) != mark:
-            raise ValueError(
-                f"{record.path}: the features of slide {record.slide_id!r} are not those that the run began with "
-                f"({path}); restore them, or begin in another folder"
-            )
-
-
-def _refuse_seen(bags: BagSet, run: Path) -> None:
-    seen = {mark: slide for slide, mark in _read_bags(run / BAGS).items()}
-    for record, mark in zip(bags.records, bags.marks):
-        if mark in seen:
-            raise CohortError(
-                f"{bags.source}: slide {record.slide_id!r} ({record.path}) holds the same features as slide "
-                f"{seen[mark]!r} of {run}, which the models have seen; take it out"
-            )
-
-
-def _models_of(run: Path, device: Any) -> dict[int, TrainedMIL]:
-    """Number -> model: of the folds, or 0 -> the one."""
-    if (run / FOLDS).exists():
-        folds = fold_numbers(Cohort.read(run / FOLDS, require_path=False))
-        unfinished = [fold for fold in folds if not (run / f"fold-{fold}" / MODEL).exists()]
-        if unfinished:
-            raise ValueError(
-                f"{run}: fold {unfinished[0]} has no model yet; finish it with dre-fast mil ... --out {run} --resume"
-            )
-        return {fold: load_mil(run / f"fold-{fold}", device) for fold in folds}
-    if (run / SPLITS).exists():
-        return {0: load_mil(run, device)}
-    raise ValueError(f"{run}: no run of `dre-fast mil` there (neither {FOLDS} nor {SPLITS})")
-
-
-def _trained_on(run: Path) -> Cohort:
-    file = run / FOLDS if (run / FOLDS).exists() else run / SPLITS
-    return Cohort.read(file, require_path=False, missing_values=[""])
-
-
-def _columns(tasks: Sequence[Task]) -> list[str]:
-    return list(dict.fromkeys(column for task in tasks for column in task.columns))
-
-
-def _cards(tasks: Sequence[Task]) -> dict[str, Any]:
-    return {task.name: task.card() for task in tasks}
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [["" if cell is None else cell for cell in row] for row in rows]
-    )
-    return text.getvalue()
