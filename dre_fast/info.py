@@ -14,6 +14,7 @@ OPTIONAL = {
     "openslide-bin": ("slide files", "pip install 'dre_fast[wsi]'"),
     "tifffile": ("slide files", "pip install 'dre_fast[wsi]'"),
     "h5py": ("tile coordinates, bags", "pip install 'dre_fast[wsi]'"),
+    "zarr": ("zarr bags", "pip install 'dre_fast[zarr]'"),
     "cucim-cu13": ("fast slide reading", "pip install 'dre_fast[cucim]' (2.3 GB)"),
     "transformers": ("ViT and text encoders", "pip install 'dre_fast[train]'"),
     "safetensors": ("model files", "pip install 'dre_fast[train]'"),
