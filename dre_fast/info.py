@@ -53,11 +53,12 @@ OPTIONAL = {
 EXTRAS = {
     "wsi": Extra(
         "pip install 'dre_fast[wsi]'",
-        "needed by tile, train, encode, heatmap, codewords, cross-validate, demo",
+        "needed by tile, train, encode, heatmap, codewords, report, cross-validate, mil, mil-deploy, demo",
     ),
     "train": Extra(
         "pip install 'dre_fast[train]'",
-        "needed by embed-reports, train, encode, evaluate, heatmap, codewords, cross-validate, compare, probe, demo",
+        "needed by embed-reports, train, encode, evaluate, heatmap, codewords, report, export, cross-validate, "
+        "compare, probe, mil, mil-deploy, demo",
     ),
     "zarr": Extra("pip install 'dre_fast[zarr]'", "needed by no command but for bags kept in zarr"),
     "cucim": Extra("pip install 'dre_fast[cucim]' (2.3 GB)", "needed by no command: reads slides faster"),

@@ -12,7 +12,7 @@ from typing import TextIO
 
 COMMANDS = (
     *("demo", "tile", "embed_reports", "train", "encode", "evaluate", "heatmap", "codewords"),
-    *("report", "export", "cross_validate", "compare", "probe", "info"),
+    *("report", "export", "cross_validate", "compare", "probe", "mil", "mil_deploy", "info"),
 )
 
 

@@ -64,3 +64,41 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """How a table of labels is read and joined to bags."""
+    parser.add_argument("--slide-column", metavar="NAME", help="column of slides, where it is not slide_id")
+    parser.add_argument("--case-column", metavar="NAME", help="column of patients, where it is not case_id")
+    parser.add_argument(
+        "--missing",
+        nargs="+",
+        default=(),
+        metavar="VALUE",
+        help="label cells that mean 'unknown', besides empty ones and NA; e.g. NS in cBioPortal tables",
+    )
+    parser.add_argument(
+        "--negative",
+        nargs="+",
+        default=(),
+        metavar="VALUE",
+        help="label cells that mean no, such as WT; in the columns that have one, anything else is yes",
+    )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out slides (or cases) without a bag, and bags without a row",
+    )
+
+
+def validation(text: str) -> str | float:
+    """Where validation slides come from: ``fold``, ``none`` or a share in (0, 1)."""
+    if text in ("fold", "none"):
+        return text
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be fold, none or a share between 0 and 1")
+    return share

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 
-from dre_fast.cli.common import add_judging
+from dre_fast.cli.common import add_judging, validation
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--folds", type=int, help="how many (default: those of the column `fold`, else 5)")
     parser.add_argument(
         "--val",
-        type=_validation,
+        type=validation,
         metavar="fold|SHARE|none",
         help="validation slides: the next fold, a share of the other cases such as 0.2, or none (default: fold)",
     )
@@ -88,15 +88,3 @@ def run(args: argparse.Namespace) -> int:
 def _is_setting(word: str) -> bool:
     """A path may hold '=', too; a setting begins with section.key."""
     return re.match(r"\w+\.\w+\s*=", word) is not None
-
-
-def _validation(text: str) -> str | float:
-    if text in ("fold", "none"):
-        return text
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be fold, none or a share between 0 and 1")
-    return share

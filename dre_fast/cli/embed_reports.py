@@ -36,7 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         ),
         epilog=EXAMPLES,
     )
-    parser.add_argument("cohort", metavar="COHORT.csv", help="cohort table; slide files are not needed")
+    parser.add_argument(
+        "cohort",
+        metavar="COHORT.csv",
+        help="cohort table, or HistGen's annotation.json; slide files are not needed",
+    )
     parser.add_argument("--out", required=True, help="output file, .safetensors")
     parser.add_argument(
         "--reports",
@@ -78,13 +82,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dre_fast.data.annotation import read_annotation
     from dre_fast.data.cohort import Cohort
     from dre_fast.data.reports import ReportError, embed_reports, match_reports, read_reports
 
     out = Path(args.out)
     if out.suffix != ".safetensors":
         raise ReportError(f"--out {out}: the file must end in .safetensors")
-    cohort = Cohort.read(args.cohort, require_path=False)
+    if args.cohort.lower().endswith(".json"):
+        cohort = read_annotation(args.cohort)
+    else:
+        cohort = Cohort.read(args.cohort, require_path=False)
     if args.reports is None:
         reports = cohort.reports()
         if not reports:

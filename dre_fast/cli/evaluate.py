@@ -131,8 +131,7 @@ def probe_tasks(embeddings: SlideEmbeddings, cohort: Cohort, names: list[str] | 
     Raises:
         ValueError: a name that is neither a task nor a label column.
     """
-    from dre_fast.data.cohort import Task
-    from dre_fast.data.tasks import truth_value
+    from dre_fast.data.task_words import column_task, panel_task
     from dre_fast.eval.metrics import task_of
 
     if names is None:
@@ -141,14 +140,12 @@ def probe_tasks(embeddings: SlideEmbeddings, cohort: Cohort, names: list[str] | 
         ]
     tasks = []
     for name in names:
-        title, _, columns = name.partition("=")
-        if columns:
-            tasks.append(Task(title, "multilabel", columns=tuple(columns.split(","))))
+        if name.partition("=")[2]:
+            tasks.append(panel_task(name))
         elif name in embeddings.tasks:
             tasks.append(task_of(name, embeddings.tasks[name]))
         elif name in cohort.label_names:
-            plain = all(truth_value(value) is not None for value in cohort.label_values(name))
-            tasks.append(Task(name, "binary" if plain else "multiclass"))
+            tasks.append(column_task(name, cohort))
         else:
             raise ValueError(
                 f"{name!r} is neither a task of the predictions ({', '.join(embeddings.tasks) or 'none'}) "

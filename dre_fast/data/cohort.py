@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,6 +97,7 @@ class Cohort:
         *,
         must_exist: bool = False,
         missing_values: Sequence[str] = MISSING,
+        columns: Mapping[str, str] | None = None,
     ) -> Cohort:
         """Read a cohort CSV.
 
@@ -112,12 +113,16 @@ class Cohort:
             must_exist: every named slide file must be there.
             missing_values: cells read as missing, upper and lower case alike; add ``"NS"`` for cBioPortal
                 tables in which it means "not sequenced".
+            columns: columns of other names, such as ``{"case_id": "case_submitter_id"}``. A column that is called
+                ``case_id`` beside it is not read.
 
         Raises:
             CohortError: names the row (the header is row 1) and the column.
         """
         path = Path(csv_path)
-        names, rows = read_table(path, ("slide_id", "path") if require_path else ("slide_id",), _canonical)
+        required = ("slide_id", "path") if require_path else ("slide_id",)
+        required = (*required, *(name for name in columns or () if name not in required))
+        names, rows = read_table(path, required, _renamed(columns or {}))
         label_names = [name for name in names if name not in RESERVED]
         missing = {value.strip().lower() for value in missing_values} | {""}
         records = []
@@ -310,6 +315,20 @@ def _canonical(name: str) -> str:
     """Header cell -> column name; the names this module knows are recognised whatever their case."""
     name = name.strip()
     return name.lower() if name.lower() in RESERVED else name
+
+
+def _renamed(columns: Mapping[str, str]) -> Callable[[str], str]:
+    """`_canonical` where the columns on the left have the names on the right."""
+    unknown = [name for name in columns if name not in RESERVED]
+    if unknown:
+        raise ValueError(f"columns: {unknown[0]!r} must be one of {', '.join(RESERVED)}")
+    of_header = {header: name for name, header in columns.items()}
+
+    def rename(header: str) -> str:
+        name = of_header.get(header.strip()) or _canonical(header)
+        return f"{name} (not read)" if name in columns and header.strip() not in of_header else name
+
+    return rename
 
 
 def _record(

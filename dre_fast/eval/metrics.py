@@ -185,6 +185,18 @@ def judged_tasks(
     return found
 
 
+def check_patient_labels(cohort: Cohort, tasks: Sequence[Task]) -> None:
+    """Refuse to judge by patient where slides of one case have different labels.
+
+    Raises:
+        ValueError: names task, column and case.
+    """
+    for task in tasks:
+        truth = cohort.encode(task).double().numpy().reshape(len(cohort), -1)
+        truth = np.where(truth < 0, np.nan, truth)
+        _by_case(task, np.zeros((len(truth), 1)), truth, [record.case_id for record in cohort.records])
+
+
 def _judged(embeddings: SlideEmbeddings, cohort: Cohort, allow_missing: bool) -> list[SlideRecord]:
     predicted = set(embeddings.slide_ids)
     absent = [record.slide_id for record in cohort.records if record.slide_id not in predicted]

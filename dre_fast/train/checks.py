@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,15 +87,35 @@ def _refuse_trained_files(cohort: Cohort, train: Records) -> None:
 
 
 def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -> None:
-    """Refuse tasks that cannot learn and validation that cannot judge; warn of classes never seen, of yes-or-no columns
-    of one answer, and of tasks that validation cannot judge.
+    """:func:`check_targets`, and validation slides that cannot judge are refused.
 
     Raises:
         ValueError: a label column without a label among the training slides, or validation slides with neither label
             nor report.
     """
+    check_targets(tasks, train.targets, None if val is None else val.targets)
+    if val is None or (val.report_rows >= 0).any():
+        return
+    if not any(labelled(val.targets[task.name]).any() for task in tasks):
+        raise ValueError(
+            "no validation slide has a label or a report, so no epoch is better than another; "
+            "label some, or set data.val_split=null"
+        )
+
+
+def check_targets(
+    tasks: Sequence[Task], train: Mapping[str, Tensor], val: Mapping[str, Tensor] | None
+) -> None:
+    """Refuse tasks that cannot learn; warn of classes never seen and of tasks that validation cannot judge.
+
+    Args:
+        train, val: task -> targets of the training and the validation slides.
+
+    Raises:
+        ValueError: a label column without a label among the training slides.
+    """
     for task in tasks:
-        target = train.targets[task.name].reshape(len(train), -1)
+        target = train[task.name].reshape(len(train[task.name]), -1)
         for i, column in enumerate(task.columns):
             if not labelled(target[:, i]).any():
                 raise ValueError(f"task {task.name!r}, column {column!r}: no training slide has a label")
@@ -104,7 +124,7 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
             if unseen:
                 warnings.warn(
                     f"task {task.name!r}: no training slide is {' or '.join(unseen)}; it will never be predicted",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         elif task.kind != "survival":
             for i, column in enumerate(task.columns):
@@ -113,20 +133,13 @@ def check_labels(tasks: Sequence[Task], train: SlideSet, val: SlideSet | None) -
                     warnings.warn(
                         f"task {task.name!r}, column {column!r}: every training slide with a label is "
                         f"{(task.classes or ('negative', 'positive'))[int(seen)]}, so there is nothing to tell apart",
-                        stacklevel=2,
+                        stacklevel=3,
                     )
-        if val is not None and not labelled(val.targets[task.name]).any():
+        if val is not None and not labelled(val[task.name]).any():
             warnings.warn(
                 f"task {task.name!r}: no validation slide has a label; it has no part in picking the best epoch",
-                stacklevel=2,
+                stacklevel=3,
             )
-    if val is None or (val.report_rows >= 0).any():
-        return
-    if not any(labelled(val.targets[task.name]).any() for task in tasks):
-        raise ValueError(
-            "no validation slide has a label or a report, so no epoch is better than another; "
-            "label some, or set data.val_split=null"
-        )
 
 
 def data_fingerprint(train: SlideSet, val: SlideSet | None, reports: Reports | None) -> dict[str, str]:

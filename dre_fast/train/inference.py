@@ -156,7 +156,30 @@ def validate(
                 value = loss.among(projected[known].to(report_matrix.device), report_matrix[cases], cases)
             result["val_loss_contrastive"] = value.item()
             total += weights["contrastive"] * value.item()
-    scores = []
+    found, score = judge_epoch(tasks, logits, targets, supervised, weights, total)
+    return {**result, **found, "val_score": score}
+
+
+def judge_epoch(
+    tasks: Sequence[Task],
+    logits: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    supervised: Callable[[Task, Tensor, Tensor], Tensor],
+    weights: Mapping[str, float],
+    other_loss: float = 0.0,
+) -> tuple[dict[str, float | int | str | None], float]:
+    """What a model says of validation slides, judged by their labels; tasks without a label among them are passed over.
+
+    Args:
+        logits, targets: by task. supervised: (task, logits, target) -> loss. weights: of the tasks' losses.
+        other_loss: of the validation slides, besides that of the tasks.
+
+    Returns:
+        ``val_loss_TASK``, ``val_auc_TASK`` or ``val_c_index_TASK``, and ``val_loss``, all of it together; and the score
+        of :func:`validate`.
+    """
+    result: dict[str, float | int | str | None] = {}
+    scores, total = [], other_loss
     for task in tasks:
         own, target = logits[task.name], targets[task.name]
         if not labelled(target).any():
@@ -172,8 +195,7 @@ def validate(
         if score is not None:
             scores.append(score)
     result["val_loss"] = total
-    result["val_score"] = sum(scores) / len(scores) - 1e-3 * total if scores else -total
-    return result
+    return result, sum(scores) / len(scores) - 1e-3 * total if scores else -total
 
 
 def _encode_shared(

@@ -68,7 +68,7 @@ class RunData:
         if self.reports is not None and not (self.train.report_rows >= 0).any():
             raise ValueError(f"{data.reports}: holds a report for none of the training cases")
         check_labels(self.tasks, self.train, self.val)
-        self.tasks = fit_survival(self.tasks, self.train)
+        self.tasks = fit_survival(self.tasks, self.train.targets)
         if config.model.codewords > sum(self.train.tiles):
             raise ValueError(
                 f"model.codewords={config.model.codewords}, but the training slides have only "

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from dre_fast.data.cohort import Task
 from dre_fast.nn.survival import hazard_edges
-from dre_fast.train.build import SlideSet
 
 
-def fit_survival(tasks: Sequence[Task], train: SlideSet) -> list[Task]:
+def fit_survival(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> list[Task]:
     """The tasks, hazard heads with the edges of their intervals: quantiles of the training slides' event times.
+
+    Args:
+        targets: of the training slides.
 
     Raises:
         ValueError: a survival task without event among the training slides, or with too few for its bins.
@@ -21,7 +23,7 @@ def fit_survival(tasks: Sequence[Task], train: SlideSet) -> list[Task]:
     fitted = []
     for task in tasks:
         if task.kind == "survival":
-            time, event = train.targets[task.name].unbind(1)
+            time, event = targets[task.name].unbind(1)
             if not (event == 1).any():
                 raise ValueError(
                     f"task {task.name!r}, column {task.columns[1]!r}: no training slide has an event, so there is "

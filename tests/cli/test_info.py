@@ -124,12 +124,12 @@ def test_the_extras_are_those_of_pyproject():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = {
-        name: re.findall(r'"([A-Za-z0-9-]+)[><=]', inside)
+        name: re.findall(r'"([A-Za-z0-9_-]+)[><=]', inside)
         for name, inside in re.findall(r"^(\w+) = \[(.*?)\]$", block, re.DOTALL | re.MULTILINE)
     }
-    for name in ("wsi", "cucim", "train"):
+    for name in ("wsi", "zarr", "cucim", "train", "loggers", "lightning"):
         assert sorted(extras[name]) == sorted(extra(name))
-    assert set(info.EXTRAS) == {"wsi", "cucim", "train", "timm"}
+    assert set(info.EXTRAS) == {"wsi", "zarr", "cucim", "train", "loggers", "lightning", "timm"}
 
 
 def test_every_command_is_accounted_for():
