@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +33,8 @@ def test_bank_block(tmp_path):
 
 def test_bags_block_on_real_bags(tmp_path, test_data):
     (tmp_path / "features").mkdir()
-    for name, key in (("TCGA-AD-6964-01Z-00-DX1", "feats"), ("TCGA-3X-AAVA-01Z-00-DX1", "features")):
-        source, copy = test_data / "bags" / f"{name}.h5", tmp_path / "features" / f"{name}.h5"
-        with h5py.File(source) as read, h5py.File(copy, "w") as written:
-            written["feats"] = read[key][:]
+    for file in (test_data / "bags").glob("*.h5"):
+        shutil.copy(file, tmp_path / "features")
     run(
         BLOCKS[1] + "\nassert slides.shape == (2, 16 * 512) and (slides.norm(dim=1) - 1).abs().max() < 1e-5",
         tmp_path,
