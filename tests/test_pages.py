@@ -28,7 +28,8 @@ HOSTS = ("clam", "transmil", "torchmil", "mil_lab", "trident", "stamp", "slidefl
 WITH_OWN_TEST = {
     *(f"integrations/{host}.md" for host in HOSTS),
     *("integrations/index.md", "protocols.md"),
-    *("encoding.md", "bank.md", "training.md", "aggregators.md"),  # in test_readme.py
+    *("encoding.md", "bank.md", "training.md", "aggregators.md", "hub-and-logging.md"),  # in test_readme.py
+    *("mil.md", "bags.md"),  # in train/test_mil_page.py and data/test_bags_page.py
 }
 LENGTHS = (40, 25, 1, 30)
 

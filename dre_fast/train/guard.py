@@ -54,9 +54,13 @@ class EncoderGuard:
         if self._drift is not None and self._drift.began < 0 and self.group.first:
             self._drift.look(step, *self._features(), self.cycle())
 
-    def after(self, step: int) -> dict[str, float] | None:
-        """After a step in which the encoder moved: what was found, for the log, when it was time to look."""
-        if self._drift is None or not self._drift.due(step):
+    def after(self, step: int, share: float) -> dict[str, float] | None:
+        """After a step in which the encoder moved: what was found, for the log, when it was time to look.
+
+        Args:
+            share: of the encoder's full rate, as the schedule gave it to this step.
+        """
+        if self._drift is None or not self._drift.due(step, share):
             return None
         found = None
         if self.group.first:

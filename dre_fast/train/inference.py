@@ -245,13 +245,17 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: the file is damaged, or its weights do not fit its own config.
+        ValueError: the file is damaged, of another kind of model, or its weights do not fit its own config.
     """
     file = Path(path)
     if file.is_dir():
         exported = not (file / on_disk.BEST).exists() and (file / on_disk.EXPORTED).exists()
         file = file / (on_disk.EXPORTED if exported else on_disk.BEST)
     state, card = on_disk.load_model(file)
+    if card.get("kind", "run") != "run":
+        raise ValueError(
+            f"{file}: a model of `dre-fast mil`, of stored features: dre-fast mil-deploy applies it"
+        )
     config: Config = config_from_dict(card["config"])
     config.model.encoder_weights = None  # the weights come from this file
     tasks = [Task.from_card(name, spec) for name, spec in card["tasks"].items()]

@@ -309,7 +309,7 @@ class Trainer:
         if moves:
             self.group.average_statistics(self.model.tile_encoder)
             self.writer.follow()
-            found = self.guard.after(self.step + 1)
+            found = self.guard.after(self.step + 1, self._schedule())
         if own.live is not None:  # step 0 is the pre-fill
             self.writer.live(batch.slides, batch.tiles, batch.images, own.live.detach(), step=self.step + 1)
         if found is not None:
@@ -384,16 +384,20 @@ class Trainer:
             autocast=self._autocast,
         )
 
-    def _set_rates(self, epoch: int) -> None:
+    def _schedule(self) -> float:
+        """The share of all rates that this step has: a linear warm-up, then a cosine."""
         optim = self.config.optim
         total = optim.epochs * self.data.steps
         warm = min(1.0, (self.step + 1) / max(optim.warmup_steps, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * self.step / max(total, 1)))
+        return warm * 0.5 * (1 + math.cos(math.pi * self.step / max(total, 1)))
+
+    def _set_rates(self, epoch: int) -> None:
+        share = self._schedule()
         moves = self._encoder_moves(epoch)
         self.model.tile_encoder.requires_grad_(moves)
         for group in self.optimizer.param_groups:
             factor = self.guard.factor * moves if group["encoder"] else 1.0
-            group["lr"] = group["base_lr"] * warm * cosine * factor
+            group["lr"] = group["base_lr"] * share * factor
 
     def _encoder_moves(self, epoch: int) -> bool:
         optim = self.config.optim

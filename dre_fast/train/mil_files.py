@@ -15,13 +15,13 @@ from dre_fast.train.mil_settings import MILSettings
 from dre_fast.train.state import load_model, save_model
 
 MODEL, CARD = "model.safetensors", "model.json"
-_KIND = "dre_fast-mil-1"
+_KIND = "mil"
 
 
 def save_mil(trained: TrainedMIL, folder: str | Path) -> Path:
     """Writes ``model.safetensors``, whose header holds the card, and the card again as ``model.json`` to be read."""
     card = {
-        "format": _KIND,
+        "kind": _KIND,
         "dim": trained.model.dim,
         "tasks": {task.name: task.card() for task in trained.tasks},
         "settings": asdict(trained.settings),
@@ -42,7 +42,7 @@ def load_mil(path: str | Path, device: str | torch.device = "cpu") -> TrainedMIL
     """
     file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
     state, card = load_model(file)
-    if card.get("format") != _KIND:
+    if card.get("kind") != _KIND:
         raise ValueError(
             f"{file}: not a model of `dre-fast mil` (models of `dre-fast train`: dre-fast encode)"
         )

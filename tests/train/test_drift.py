@@ -61,13 +61,14 @@ def test_after_a_rush_the_rate_comes_back() -> None:
 
 
 def test_a_rush_of_the_past_does_not_stop_the_encoder() -> None:
-    """One jump to 1.2 times the limit keeps the load above 1 until it is 43 steps old; the encoder rests."""
+    """One jump to 1.2 times the limit keeps the load above 1 until it is 43 steps old; then the encoder rests."""
     guard = DriftGuard(1.0, every=5)
     at = torch.zeros(64, 8)
     guard.look(0, at, 1.0, 100.0)
     guard.factor = 1.0
     loads, factors = [], []
     for step in range(30, 80, 5):
+        guard.clock = step
         found = guard.look(step, at + (1.2 * 0.3**0.5) / 8**0.5, 1.0, 100.0)
         loads.append(found["load"])
         factors.append(found["factor"])
@@ -77,12 +78,38 @@ def test_a_rush_of_the_past_does_not_stop_the_encoder() -> None:
     assert min(factors) == factors[0]  # cut once, not at every look until the jump is old enough
 
 
+def test_a_slow_excess_is_cut_until_it_grows_at_most_half_as_fast_as_its_limit() -> None:
+    """The distance grows by 4 % from step 30 to 35, the limit by 8 %: calm. By 5 % more at the next look: not."""
+    guard = DriftGuard(1.0, every=5)
+    guard.look(0, torch.zeros(64, 8), 1.0, 100.0)
+    guard.factor, factors = 1.0, []
+    for step, far in ((30, 1.2), (35, 1.2 * 1.039), (40, 1.2 * 1.039 * 1.05)):
+        guard.clock = step
+        guard.look(step, torch.full((64, 8), far * 0.3**0.5 / 8**0.5), 1.0, 100.0)
+        factors.append(guard.factor)
+    assert factors[1] == factors[0]
+    assert factors[2] < factors[1]
+
+
+def test_a_step_counts_by_the_square_of_its_share_of_the_rate() -> None:
+    loads = {}
+    for share in (1.0, 0.5):
+        guard = DriftGuard(1.0, every=1)
+        guard.look(0, torch.zeros(4, 2), 1.0, 100.0)
+        for step in range(40):
+            guard.due(step, share)
+        loads[share] = guard.look(40, torch.full((4, 2), 0.1), 1.0, 100.0)["load"]
+    assert loads[1.0] == pytest.approx(0.02**0.5 / 0.4**0.5, rel=1e-5)
+    assert loads[0.5] == pytest.approx(2 * loads[1.0], rel=1e-6)
+
+
 def test_distances_are_in_units_of_those_to_the_codewords() -> None:
     before, after = torch.zeros(5, 3), torch.full((5, 3), 0.1)
     found = {}
     for spread in (1.0, 0.01):
         guard = DriftGuard(1.0, every=1)
         guard.look(0, before, spread, 10.0)
+        guard.clock = 10.0
         found[spread] = guard.look(10, after, 123.0, 10.0)
     assert found[1.0]["moved"] == pytest.approx(0.03**0.5, rel=1e-5)
     assert found[0.01]["moved"] == pytest.approx(3**0.5, rel=1e-5)
