@@ -51,6 +51,7 @@ from dre_fast.eval.predictions_csv import write_predictions
 from dre_fast.eval.protocols import Judging
 from dre_fast.train.bag_set import BagSet
 from dre_fast.train.checks import pick_device
+from dre_fast.train.cost import cost_of_features, read_cost, together, write_cost
 from dre_fast.train.mil import TrainedMIL, train_mil
 from dre_fast.train.mil_files import save_mil
 from dre_fast.train.mil_settings import MILSettings
@@ -61,7 +62,8 @@ class MILCrossValidation:
 
     Files: settings.json; folds.csv, the folds as they were when it began; bags.csv, number of tiles and a mark of the
     features of each slide; fold-N/ with model.safetensors, model.json (its card), history.csv and the predictions of
-    its test slides; out_of_fold.safetensors and predictions.csv; scores.csv and scores.md; calibration.csv and .png.
+    its test slides; out_of_fold.safetensors and predictions.csv; scores.csv and scores.md; calibration.csv and .png;
+    cost.json, of each fold as well.
 
     Args:
         cohort: of :func:`dre_fast.data.bag_cohort.bag_cohort`; its column ``split`` is not used, ``fold`` is if there.
@@ -140,6 +142,9 @@ class MILCrossValidation:
                 name=f"fold {fold}",
             )
             trained.predict(self.bags, parts["test"]).save(self.folder(fold) / PREDICTIONS)
+        cost = together([found for fold in self.folds if (found := read_cost(self.folder(fold))) is not None])
+        write_cost(cost, self.out)
+        print(cost.line(), file=sys.stderr)
 
     def judge(self, how: Judging | None = None) -> list[FoldScore]:
         """Scores of the out-of-fold predictions, with their files.
@@ -249,6 +254,9 @@ def _train(
         folder / HISTORY, csv_text([header, *([row.get(key) for key in header] for row in rows)])
     )
     save_mil(trained, folder)
+    seconds = time.perf_counter() - started
+    tiles = [bags.tiles[slide] for slide in parts["train"]]
+    write_cost(cost_of_features(seconds, settings.epochs, tiles, device), folder)
     slides = ", ".join(f"{len(numbers)} {split}" for split, numbers in parts.items() if numbers)
     kept = rows[trained.epoch]
     shown = [
@@ -258,7 +266,7 @@ def _train(
     ]
     print(
         f"{name}: {slides} slides; epoch {trained.epoch + 1} of {settings.epochs} kept"
-        f"{', ' if shown else ''}{', '.join(shown)} ({time.perf_counter() - started:.1f} s)",
+        f"{', ' if shown else ''}{', '.join(shown)} ({seconds:.1f} s)",
         file=sys.stderr,
     )
     return trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from dre_fast.eval.plots import draw_curves, draw_staleness
 from dre_fast.eval.report import Figure, Section, Table, build_page
 from dre_fast.eval.tables import SHOWN, MetricRow, read_tables, shown
 from dre_fast.train.config import Config
-from dre_fast.train.cost import COST, Cost
+from dre_fast.train.cost import PUBLISHED, PUBLISHED_ON, read_cost
 from dre_fast.train.data_card import read_data_card
 from dre_fast.train.state import METRICS
 
@@ -223,12 +222,26 @@ def _validation(log: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[Fi
 
 
 def _cost(folder: Path) -> list[Figure | Table | str]:
-    file = folder / COST
-    if not file.exists():
+    cost = read_cost(folder)
+    if cost is None:
         return []
-    line = Cost(**json.loads(file.read_text(encoding="utf-8"))).line()
-    text = line.removeprefix("cost: ")
-    return [text[:1].upper() + text[1:] + ". A slide and its tiles: of a training step."]
+    text = cost.line().removeprefix("cost: ")
+    own: list[object] = [
+        "this run",
+        cost.hardware,
+        cost.device_hours,
+        cost.peak_gb,
+        cost.seconds_per_10k_tiles,
+    ]
+    rows = [own, *([name, PUBLISHED_ON, *numbers] for name, *numbers in PUBLISHED)]
+    return [
+        text[:1].upper() + text[1:] + ". A slide and its tiles: of a training step.",
+        Table(
+            "Beside published costs of training end to end, each on a cohort of its own",
+            ["model", "hardware", "device hours", "peak GB", "s per 10,000 tiles"],
+            [[f"{v:.3g}" if isinstance(v, float) else "" if v is None else v for v in row] for row in rows],
+        ),
+    ]
 
 
 def _read_scores(folder: Path) -> list[MetricRow]:

@@ -25,7 +25,7 @@ from dre_fast.eval.tables import SHOWN, read_tables, shown
 from dre_fast.integrations.model_card import Card, render
 from dre_fast.nn.residual_mil import ResidualMIL
 from dre_fast.train import state as on_disk
-from dre_fast.train.cost import COST, Cost
+from dre_fast.train.cost import read_cost
 from dre_fast.train.data_card import read_data_card
 from dre_fast.train.inference import LoadedRun, load_run
 
@@ -278,8 +278,8 @@ def _facts_of_run(run: Path, card: Card, scores: PathLike | None) -> Card:
         ["score", "value"], kept
     )
     notes = list(card.notes)
-    if (run / COST).exists():
-        line = Cost(**json.loads((run / COST).read_text(encoding="utf-8"))).line()
+    if (cost := read_cost(run)) is not None:
+        line = cost.line()
         notes.append(f"Training {line}.")
     splits = card.splits or (data["splits"] if data else {})
     title = card.title or f"Whole-slide model {read.name}"

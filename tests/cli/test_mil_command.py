@@ -102,6 +102,11 @@ def test_files_of_a_cross_validation(study, cv):
         best = max(history, key=lambda row: float(row["val_score"]))
         assert int(best["epoch"]) == trained.epoch
     assert json.loads((cv / "settings.json").read_text())["codewords"] == 6
+    costs = [json.loads((cv / f"fold-{fold}" / "cost.json").read_text()) for fold in range(3)]
+    whole = json.loads((cv / "cost.json").read_text())
+    assert whole["hours"] == pytest.approx(sum(cost["hours"] for cost in costs), rel=2e-3)
+    assert whole["tiles_are"] == "stored"
+    assert whole["seconds_per_10k_tiles"] > 0
     assert not [file for file in cv.rglob("*") if file.suffix in (".pt", ".pkl", ".pickle")]
 
 

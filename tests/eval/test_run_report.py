@@ -70,6 +70,8 @@ def test_the_end_of_a_run_writes_it(trained: Path) -> None:
     assert {row[0]: row[1] for row in scores}["AUC: kind"] == f"{best['val_auc_kind']:.3f}"
     cost = json.loads((trained / "run" / "cost.json").read_text())
     assert f"peak {cost['peak_gb']:.3g} GB" in page
+    assert "ABMILX, ResNet-18" in page
+    assert "one RTX 3090" in page
     assert "drift guard" in page
     assert "cosine of slide embedding" in page
     assert "Unseen slides" not in page
