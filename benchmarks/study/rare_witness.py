@@ -106,7 +106,7 @@ def table(outcomes: list[dict[str, Any]]) -> str:
     ]
     for name, group in sorted(by_name.items(), key=lambda item: _order(item[0])):
         aucs = {o["seed"]: last(o, "val_auc_witness") for o in group}
-        worst = min(auc - frozen[seed] for seed, auc in aucs.items() if seed in frozen)
+        worst = min((auc - frozen[seed] for seed, auc in aucs.items() if seed in frozen), default=0.0)
         seconds = sum(o["step_seconds"] for o in group) / len(group)
         lines.append(
             f"| {name} | {mean_and_range(aucs.values())} | {worst:+.3f} | {seconds:.0f} | {len(group)} |"
@@ -133,6 +133,8 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
                 if words[0] == mode and (" unguarded" in outcome["name"]) == bool(ending):
                     rate = 0.1 if words[1] == "default" else float(words[1])
                     points.append((rate, last(outcome, "val_auc_witness")))
+            if not points:
+                continue
             rates = sorted({rate for rate, _ in points})
             means = [
                 sum(a for r, a in points if r == rate) / sum(r == rate for r, _ in points) for rate in rates

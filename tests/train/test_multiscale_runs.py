@@ -19,6 +19,7 @@ from dre_fast.data.slides import open_slide
 from dre_fast.data.tiling import tile_slide
 from dre_fast.train.build import SlideSet, slide_set
 from dre_fast.train.config import Config
+from dre_fast.train.guided import ReportGuide
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import load_checkpoint, read_metrics
 
@@ -149,12 +150,11 @@ def test_a_guided_run_resumed_within_an_epoch_is_the_same(
         broken.fit()
     (plan,) = load_checkpoint(tmp_path / "b" / "last.pt")["plans"]
     assert plan["epoch"] == 1
-    # in the midst of the epoch the plan could not be made again, for the slides to come: model and bank have moved on
-    broken.planner._epoch = -1
-    fresh = broken.planner.plan(1)
-    to_come = slice(fresh.sizes[0], None)
-    assert fresh.slides.equal(plan["slides"])
-    assert not fresh.tiles[to_come].equal(plan["tiles"][to_come])
+
+    def never(*given: Any) -> Any:  # model and bank have moved on: the plan of this epoch could not be made again
+        raise AssertionError("planned anew")
+
+    monkeypatch.setattr(ReportGuide, "scores", never)
     Trainer(config_of(cohort), tmp_path / "b", resume=True).fit()
     assert json.dumps(rows(tmp_path / "b")) == json.dumps(rows(run))
 
