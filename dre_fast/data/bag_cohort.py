@@ -57,7 +57,20 @@ def bag_cohort(
     lower = {name.lower() for name in header}
     if slide_column is None and "slide_id" not in lower and (case_column or "case_id" in lower):
         column = case_column or next(name for name in header if name.lower() == "case_id")
-        cases = Cohort.read(table, require_path=False, missing_values=values, columns={"slide_id": column})
+        try:
+            cases = Cohort.read(
+                table, require_path=False, missing_values=values, columns={"slide_id": column}
+            )
+        except CohortError as error:
+            if "is listed twice" not in str(error):
+                raise
+            said = (
+                str(error).replace(": slide ", ": case ").replace("column 'slide_id'", f"column {column!r}")
+            )
+            raise CohortError(
+                f"{said}; without a column slide_id a table has a row a case: name the column of slides with "
+                f"--slide-column (there are {', '.join(name for name in header if name != column)})"
+            ) from None
         return _of_cases(cases, files, Path(folder), skip_missing)
     own = case_column is not None and case_column == (slide_column or "slide_id")
     columns = {"slide_id": slide_column, "case_id": None if own else case_column}

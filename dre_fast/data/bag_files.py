@@ -118,11 +118,18 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _nothing(top: Path, recursive: bool) -> str:
-    subs = [] if recursive else [sub.name for sub in _subfolders(top)]
     looked = ", ".join(f"*{suffix}" for suffix in (*SUFFIXES, ".zarr"))
-    there = (
-        f"; its subfolders are {', '.join(subs[:8])}{' ...' if len(subs) > 8 else ''}: name one of them, or pass "
-        if subs
-        else ""
-    )
-    return f"{top}: no bags in it, looked for {looked}{there}{'recursive=True' if subs else ''}"
+    said = f"{top}: no bags in it, looked for {looked}"
+    subs = [] if recursive else [sub.name for sub in _subfolders(top)]
+    if not subs:
+        return said
+    deeper = list(dict.fromkeys(str(path.parent) for path in _walk(top)))
+    if deeper:
+        return (
+            f"{said}; there are some in {_first(deeper)}: name that folder, or pass recursive=True in Python"
+        )
+    return f"{said}, also not in its subfolders {_first(subs)}"
+
+
+def _first(names: list[str], shown: int = 8) -> str:
+    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")

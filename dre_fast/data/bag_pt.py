@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -63,9 +64,11 @@ def _load_pt(path: Path) -> Any:
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        # torch's own first line advises weights_only=False, the one thing not to do; the object's name is further down
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise BagError(
-            f"{path}: holds Python objects that may run code when they are read, so it is not read "
-            f"({str(error).strip().splitlines()[0]}); write it again with torch.save(features, path), features a tensor"
+            f"{path}: holds Python objects that may run code when they are read{f' ({named[1]})' if named else ''}, "
+            "so it is not read; write it again with torch.save(features, path), features a tensor"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

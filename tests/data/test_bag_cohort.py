@@ -45,6 +45,19 @@ def test_a_table_of_clam(tmp_path):
     assert parse_tasks(None, cohort) == [Task("label", "multiclass", classes=("a", "b"))]
 
 
+def test_slides_under_an_unknown_name_with_cases_twice(tmp_path):
+    folder = bags(tmp_path, "s1", "s2")
+    rows = [{"case_id": "p", "image_id": s, "y": 1} for s in ("s1", "s2")]
+    table = write_table(tmp_path / "l.csv", rows)
+    said = r"case 'p' is listed twice: row 2 and row 3, column 'case_id'; .*--slide-column \(there are image_id, y\)$"
+    with pytest.raises(CohortError, match=said):
+        bag_cohort(folder, table)
+    assert [(r.slide_id, r.case_id) for r in bag_cohort(folder, table, slide_column="image_id")] == [
+        ("s1", "p"),
+        ("s2", "p"),
+    ]
+
+
 def test_what_is_missing_is_counted_and_named(tmp_path):
     folder = bags(tmp_path, "s1", "x1", "x2")
     table = write_table(tmp_path / "l.csv", [{"slide_id": s, "case_id": s, "y": 1} for s in ("s1", "s2")])

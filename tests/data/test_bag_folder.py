@@ -87,9 +87,17 @@ def test_nothing_to_find(tmp_path):
     put(tmp_path, "some/S1.pt")
     with pytest.raises(BagError, match=r"S1\.pt: not a folder; open_bag reads one bag"):
         find_bags(tmp_path / "some" / "S1.pt")
-    said = r"no bags in it, looked for \*\.h5, .*\*\.zarr; its subfolders are some: name .*recursive=True$"
+    said = r"no bags in it, looked for \*\.h5, .*\*\.zarr; there are some in \S*some: name that folder, or .*recursive"
     with pytest.raises(BagError, match=said):
         find_bags(tmp_path)
+    put(tmp_path / "job", "20x/features_uni/S1.pt", "20x/patches/S1.h5")
+    with pytest.raises(BagError, match=r"there are some in \S*20x.features_uni: name that folder"):
+        find_bags(tmp_path / "job")
+    (tmp_path / "bare" / "sub").mkdir(parents=True)
+    with pytest.raises(
+        BagError, match=r"no bags in it, looked for .*\*\.zarr, also not in its subfolders sub$"
+    ):
+        find_bags(tmp_path / "bare")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BagError, match=r"no bags in it, looked for .*\*\.zarr$"):
         find_bags(tmp_path / "empty")
