@@ -151,7 +151,8 @@ def test_a_guided_run_resumed_within_an_epoch_is_the_same(
     (plan,) = load_checkpoint(tmp_path / "b" / "last.pt")["plans"]
     assert plan["epoch"] == 1
 
-    def never(*given: Any) -> Any:  # model and bank have moved on: the plan of this epoch could not be made again
+    # model and bank have moved on: the plan of this epoch could not be made again
+    def never(*given: Any) -> Any:
         raise AssertionError("planned anew")
 
     monkeypatch.setattr(ReportGuide, "scores", never)
