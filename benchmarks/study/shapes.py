@@ -7,6 +7,7 @@ negative one none: about one tile in a hundred decides. The encoder comes from t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def draw_tiles(kinds: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np
     return (np.clip(noisy, 0, 1) * 255).astype(np.uint8)
 
 
-def make_cohort(folder: Path, slides: dict[str, int], witnesses: int, seed: int) -> Path:
+def make_cohort(folder: Path, slides: Mapping[str, int], witnesses: int, seed: int) -> Path:
     """Slides as .npy files, their tile coordinates and cohort.csv (columns slide_id, path, split, witness)."""
     (folder / "slides").mkdir(parents=True)
     (folder / "tiles").mkdir()

@@ -1,0 +1,56 @@
+"""What a step of the rare-witness yardstick costs in each memory mode, on an otherwise idle machine.
+
+    python -m benchmarks.study.step_cost --out benchmarks/results/cpu-2-cores/rare_witness
+
+One epoch of 40 steps each, the encoder moving from the first; writes cost.json: median milliseconds a step, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import rare_witness
+from dre_fast.data.files import write_text_atomic
+from dre_fast.train.config import config_from_dict
+from dre_fast.train.cost import hardware
+from dre_fast.train.loop import Trainer
+from dre_fast.train.state import read_metrics
+
+SLIDES = {"train": 320, "val": 2, "test": 8}
+MODES = ("none", "sampled", "full", "exact")
+
+
+def main() -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = rare_witness.prepare(Path(folder), seed=0, slides=SLIDES)
+        for mode in MODES:
+            tree = rare_witness.base(data)
+            tree["memory"]["mode"] = mode
+            tree["optim"] |= {"epochs": 1, "head_warmup_epochs": 0}
+            tree["run"]["validate_every"] = 1
+            out = Path(folder) / mode
+            trainer = Trainer(config_from_dict(tree), out)
+            trainer.fit()
+            steps = [row["seconds"] for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "step"]
+            found[mode] = round(1e3 * statistics.median(steps), 2)
+        found["hardware"] = hardware(trainer.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(args.out / "cost.json", json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
