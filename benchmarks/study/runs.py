@@ -95,7 +95,7 @@ def study(
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0, help="slides that no setting was tried on")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the slides and runs")
     parser.add_argument("--work", type=Path, help="folder for slides and runs (default: a temporary one)")
     parser.add_argument("--only", default="", help="runs whose name begins so")
     args = parser.parse_args()
