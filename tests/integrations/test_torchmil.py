@@ -10,6 +10,9 @@ import pytest
 import torch
 from mil_bags import CLASSES, CODEWORDS, DIM, fitted, padded, plain_logits, some_bags
 from torch.utils.data import DataLoader
+
+pytest.importorskip("torchmil", reason="needs torchmil: pip install torchmil")
+
 from torchmil import datasets
 from torchmil.data import collate_fn
 from torchmil.models import MILModel, MILModelWrapper
