@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import retrieval, test_contrast, test_encode, test_soft
+from benchmarks import retrieval, test_contrast, test_soft
 from benchmarks.gpu_sections import time_ms
 from benchmarks.registry import GPU_CONTRAST, GPU_ENCODE, GPU_RETRIEVAL, GPU_SOFT, make
 from dre_fast.kernels import config, contrast_config, soft_config
