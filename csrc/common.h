@@ -81,6 +81,14 @@ struct BankRead : BankRows {
   const int64_t* index;  // [rows], negative = zeros
 };
 
+// Positions first .. first + count - 1 after the live ones of some slides' visits.
+struct BankTiles {
+  int64_t bags, first, count, m, seed;
+  const int64_t* lengths;  // [bags]
+  const int64_t* slides;   // [bags]
+  const int64_t* visit;    // [bags]
+};
+
 class Checker {
  public:
   Checker(const char* op, const Tensor& payload) : op_(op), payload_(payload) {}
@@ -201,6 +209,26 @@ inline BankRead checked_read(const Tensor& payload, const Tensor& scale, const T
   r.rows = index.size(0);
   r.index = static_cast<const int64_t*>(index.const_data_ptr());
   return r;
+}
+
+inline BankTiles checked_tiles(
+    const Tensor& lengths, const Tensor& slides, int64_t first, int64_t count, int64_t m, const Tensor& visit,
+    int64_t seed) {
+  const Checker check("bank_tiles", slides);
+  check.tensor("slides", slides, ScalarType::Long, "int64", 1);
+  check.tensor("lengths", lengths, ScalarType::Long, "int64", 1);
+  check.tensor("cycle", visit, ScalarType::Long, "int64", 1);
+  BankTiles t{slides.size(0), first, count, m, seed};
+  STD_TORCH_CHECK(
+      lengths.size(0) == t.bags && visit.size(0) == t.bags,
+      "bank_tiles: lengths and cycle must have one entry for each of the ", t.bags, " slides");
+  STD_TORCH_CHECK(
+      first >= 0 && count >= 0 && m >= 1, "bank_tiles: first and count must be >= 0 and m >= 1; got ", first, ", ",
+      count, " and ", m);
+  t.lengths = static_cast<const int64_t*>(lengths.const_data_ptr());
+  t.slides = static_cast<const int64_t*>(slides.const_data_ptr());
+  t.visit = static_cast<const int64_t*>(visit.const_data_ptr());
+  return t;
 }
 
 }  // namespace dre_fast

@@ -39,6 +39,15 @@ Tensor bank_read(const Tensor& payload, const Tensor& scale, const Tensor& rows,
   return out;
 }
 
+Tensor bank_tiles(
+    const Tensor& lengths, const Tensor& slides, int64_t first, int64_t count, int64_t m, const Tensor& cycle,
+    int64_t seed) {
+  const BankTiles t = checked_tiles(lengths, slides, first, count, m, cycle, seed);
+  const Tensor tiles = torch::stable::new_empty(slides, {t.bags, count});
+  bank_tiles_cpu(t, static_cast<int64_t*>(tiles.mutable_data_ptr()));
+  return tiles;
+}
+
 std::string cpu_level_op() { return cpu_level(); }
 
 }  // namespace dre_fast
@@ -52,6 +61,8 @@ STABLE_TORCH_LIBRARY(dre_fast_native, m) {
       "bank_rest(Tensor payload, Tensor scale, Tensor code, Tensor sums, Tensor counts, Tensor codebook, Tensor start, "
       "Tensor slides, Tensor tiles, bool accurate) -> (Tensor, Tensor)");
   m.def("bank_read(Tensor payload, Tensor scale, Tensor rows, int dim) -> Tensor");
+  m.def(
+      "bank_tiles(Tensor lengths, Tensor slides, int first, int count, int m, Tensor cycle, int seed) -> Tensor");
   m.def(
       "hard_encode(Tensor x, Tensor codebook, Tensor cu_seqlens, Tensor? index=None, Tensor? row_scale=None, "
       "Tensor? row_codes=None, bool unit=False, bool distances=False) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -72,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(dre_fast_native, CPU, m) {
   m.impl("bank_write", TORCH_BOX(&dre_fast::bank_write));
   m.impl("bank_rest", TORCH_BOX(&dre_fast::bank_rest));
   m.impl("bank_read", TORCH_BOX(&dre_fast::bank_read));
+  m.impl("bank_tiles", TORCH_BOX(&dre_fast::bank_tiles));
   m.impl("hard_encode", TORCH_BOX(&dre_fast::hard_encode_cpu));
   m.impl("hard_encode_backward", TORCH_BOX(&dre_fast::hard_encode_backward_cpu));
   m.impl("soft_encode", TORCH_BOX(&dre_fast::soft_encode_cpu));

@@ -14,6 +14,9 @@ void bank_rest_cpu(const BankRest& r, float* V, int64_t* counts);
 // out [rows, dim].
 void bank_read_cpu(const BankRead& r, float* out);
 
+// tiles [bags, count].
+void bank_tiles_cpu(const BankTiles& t, int64_t* tiles);
+
 // The row kernels of this processor.
 const RowKernels& row_kernels_here();
 

@@ -1,8 +1,8 @@
 """Registered operations of the memory bank, and the choice of what runs them.
 
-``bank_write``, ``bank_read`` and ``bank_rest`` run in C++ on the CPU, and in CUDA where that part was built;
+All run in C++ on the CPU; ``bank_write``, ``bank_read`` and ``bank_rest`` in CUDA where that part was built,
 ``bank_tiles`` in Triton on CUDA tensors; without them the reference runs. Storage layout and formulas:
-:mod:`dre_fast.reference.bank`.
+:mod:`dre_fast.reference.bank`, :mod:`dre_fast.reference.sampling`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def _rest_fake(
 def _tiles_at(lengths: Tensor, slides: Tensor, *others: Any) -> Tensor:
     chosen = backend("bank_tiles", slides.device)
     if chosen == "C++":
-        return torch.ops.dre_fast_native.bank_tiles.default(lengths, slides, *others)
+        *numbers, cycle, seed = others
+        return torch.ops.dre_fast_native.bank_tiles.default(
+            lengths.contiguous(), slides.contiguous(), *numbers, cycle.contiguous(), seed
+        )
     if chosen == "Triton":
         from dre_fast import kernels  # Triton is imported, and needed, only for CUDA tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,9 +41,6 @@ class EncoderGuard:
         self.refresh = memory.refresh
         self._drift = DriftGuard(memory.drift_limit, memory.drift_every) if memory.drift_limit else None
         self._images: Tensor | None = None
-        self._sizes = torch.tensor(
-            [[len(tiling) for tiling in scales_of(joined)] for joined in data.train.reader.tilings]
-        )
 
     @property
     def factor(self) -> float:
@@ -78,10 +76,15 @@ class EncoderGuard:
         memory, tiles = self.config.memory, self.data.train.tiles
         if memory.mode in ("none", "exact"):
             return float(self.data.steps * (memory.refit_every or self.config.optim.epochs))
-        # tiles that a report draws may be any: only those that the permutations bring renew every row
-        slots = scale_slots(self._sizes, memory.live, memory.scale_shares)
-        renewed = int((slots - (slots * memory.guided).long()).sum()) + self.refresh * self.data.steps
-        return self.data.steps * max(1.0, sum(tiles) / renewed)
+        return self.data.steps * max(1.0, sum(tiles) / (self._renewed + self.refresh * self.data.steps))
+
+    @cached_property
+    def _renewed(self) -> int:
+        """Live tiles of an epoch that the permutations bring; those that a report draws may be any and renew no cycle."""
+        memory = self.config.memory
+        sizes = [[len(tiling) for tiling in scales_of(joined)] for joined in self.data.train.reader.tilings]
+        slots = scale_slots(torch.tensor(sizes), memory.live, memory.scale_shares)
+        return int((slots - (slots * memory.guided).long()).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; that of the first process counts."""

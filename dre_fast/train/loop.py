@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dre_fast.nn.aggregators import RowAggregator
 from dre_fast.nn.model import SlideOutput
@@ -137,7 +137,8 @@ class Trainer:
                 config.optim.lr,
                 0.0 if config.optim.freeze_encoder else config.optim.encoder_lr_scale,
                 config.optim.weight_decay,
-            )
+            ),
+            fused=True,  # one pass over all parameters, on a CPU too
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.optim.amp == "fp16")
 
@@ -285,9 +286,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch, epoch: int) -> Scalars:
         moves = self._encoder_moves(epoch)
-        self.model.train()
+        _set_training(self.model, True)
         # at rest it is also in eval mode: batch statistics and dropout belong to an encoder that learns
-        self.model.tile_encoder.train(moves)
+        _set_training(self.model.tile_encoder, moves)
         if moves:
             self.guard.before(self.step)
         self._set_rates(epoch)
@@ -477,3 +478,9 @@ class Trainer:
         if not self.group.first:
             return
         on_disk.save_model(self.out / on_disk.BEST, self.model.state_dict(), card)
+
+
+def _set_training(module: nn.Module, on: bool) -> None:
+    """``module.train(on)`` where it changes anything: it goes through all modules within, and this is done each step."""
+    if module.training != on:
+        module.train(on)
