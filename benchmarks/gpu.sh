@@ -88,10 +88,11 @@ section ceilings report 15 "${report[@]}" ceilings "${flags[@]}"
 section encode report 65 "${report[@]}" encode "${flags[@]}"
 section retrieve report 30 "${report[@]}" retrieve "${flags[@]}"
 section soft report 45 "${report[@]}" soft "${flags[@]}"
-section contrast report 25 "${report[@]}" contrast "${flags[@]}"
+section contrast report 20 "${report[@]}" contrast "${flags[@]}"
 section bank report 45 "${report[@]}" bank "${flags[@]}"
-section codebook report 20 "${report[@]}" codebook "${flags[@]}"
-section training report 40 "${report[@]}" training "${flags[@]}"
+section codebook report 15 "${report[@]}" codebook "${flags[@]}"
+section training report 35 "${report[@]}" training "${flags[@]}"
+section kernels report 25 "${report[@]}" kernels "${flags[@]}"
 # The clocks are left alone, so that these are the launches that were timed; the first calls, which compile, are not watched.
 counters counters report 45 ncu --csv --page raw --log-file "$out/ncu.csv" --clock-control none --profile-from-start off \
   --section SpeedOfLight --section ComputeWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum \
@@ -99,18 +100,20 @@ counters counters report 45 ncu --csv --page raw --log-file "$out/ncu.csv" --clo
 
 case_command=("${report[@]}" sanitize-case)
 sanitizer() {
-  gpu_only memcheck sanitizer 62 compute-sanitizer --tool memcheck --error-exitcode 1 "${case_command[@]}"
-  gpu_only racecheck sanitizer 62 compute-sanitizer --tool racecheck --error-exitcode 1 "${case_command[@]}"
+  gpu_only memcheck sanitizer 57 compute-sanitizer --tool memcheck --error-exitcode 1 "${case_command[@]}"
+  gpu_only racecheck sanitizer 57 compute-sanitizer --tool racecheck --error-exitcode 1 "${case_command[@]}"
 }
 # The kernels' own tests are those that the interpreter runs elsewhere; compiling for them keeps a core busy.
 tests=("$python" -m pytest -m gpu --durations=10 -p no:cacheprovider)
+# and there are hundreds of them: several processes share each half where pytest-xdist is there
+! "$python" -c 'import xdist' 2>/dev/null || tests+=(-n "$((1 + $(nproc) / 3))")
 if [ -n "$dry" ]; then
   section tests-collected tests 60 "$python" -m pytest -m gpu tests/gpu --collect-only -p no:cacheprovider
   section sanitize-case sanitizer 60 "${case_command[@]}"
 fi
 sanitizer &
-gpu_only tests-kernels kernels 125 "${tests[@]}" tests/interpreter &
-gpu_only tests tests 125 "${tests[@]}" tests --ignore=tests/interpreter
+gpu_only tests-kernels kernels 115 "${tests[@]}" tests/interpreter &
+gpu_only tests tests 115 "${tests[@]}" tests --ignore=tests/interpreter
 wait
 
 echo

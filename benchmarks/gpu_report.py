@@ -39,6 +39,7 @@ SECTIONS = (
     "bank",
     "codebook",
     "training",
+    "kernels",
 )
 NEED_CEILINGS = ("encode", "retrieve", "soft", "contrast", "bank")
 
@@ -84,7 +85,7 @@ def measure(section: str, parts: Path, dry: bool) -> int:
 
     The ceilings of the same run are read from their part. Returns how many measurements failed.
     """
-    from benchmarks import gpu_bank, gpu_sections, gpu_training
+    from benchmarks import gpu_bank, gpu_kernels, gpu_sections, gpu_training
 
     part = {"section": section, "dry_run": dry, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -96,7 +97,7 @@ def measure(section: str, parts: Path, dry: bool) -> int:
     if section == "environment":
         write(environment())
         return 0
-    elsewhere = {"bank": gpu_bank.bank, "training": gpu_training.training}
+    elsewhere = {"bank": gpu_bank.bank, "training": gpu_training.training, "kernels": gpu_kernels.kernels}
     function = elsewhere.get(section) or getattr(gpu_sections, section)
     arguments: list[Any] = [dry]
     if section in NEED_CEILINGS:
@@ -144,6 +145,15 @@ def _peer_cells(row: dict[str, Any]) -> list[list[str]]:
         ]
         for name, ms in sorted(row["peers"].items(), key=lambda peer: peer[1])
     ]
+
+
+KERNEL_HEAD = ("work", "kernel", "us a call", "launches a call")
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["id"], f"failed: {row['error']}", "-", "-"]
+    return [row["id"], row["kernel"][:70], f"{row['us']:.1f}", f"{row['launches']:g}"]
 
 
 def counters(text: str) -> list[dict[str, str]]:
@@ -203,7 +213,7 @@ def report_table(report: dict[str, Any]) -> str:
     """A joined report as Markdown; sections that left nothing are missing from the figures and named at the end."""
     found = report["sections"]
     about = found.get("environment", {}).get("result", {})
-    rows = [row for section in SECTIONS[1:] for row in found.get(section, {}).get("result", [])]
+    rows = [row for section in SECTIONS[1:-1] for row in found.get(section, {}).get("result", [])]
     lines = []
     if any(part["dry_run"] for part in found.values()):
         lines += ["**Dry run: small sizes, its times mean nothing.**", ""]
@@ -221,6 +231,8 @@ def report_table(report: dict[str, Any]) -> str:
     peers = [cells for row in rows if "peers" in row for cells in _peer_cells(row)]
     if peers:
         lines += [*grid(["work", "peer", "ms", "x time", "peak MB"], peers, left=2), ""]
+    if launches := found.get("kernels", {}).get("result"):
+        lines += [*grid(list(KERNEL_HEAD), [_kernel_cells(row) for row in launches], left=2), ""]
     if report.get("counters"):
         head = list(report["counters"][0])
         lines += [*grid(head, [list(launch.values()) for launch in report["counters"]]), ""]

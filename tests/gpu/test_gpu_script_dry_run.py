@@ -58,6 +58,9 @@ def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
         assert command in run.stdout
 
     sections = json.loads((out / "report.json").read_text())["sections"]
+    kernels = sections.pop("kernels")["result"]
+    assert {row["id"] for row in kernels} >= {"P1-small", "P3-small op", "P4-small NetVLAD", "all-small"}
+    assert all(row["us"] > 0 for row in kernels)
     rows = [row for name, part in sections.items() if name != "environment" for row in part["result"]]
     assert {row["id"] for row in rows} >= {
         "copy",
@@ -89,7 +92,7 @@ def test_a_failing_section_hides_no_other(tmp_path: Path) -> None:
     # the long sections are left out: the other test goes through them
     skipped = "|".join(
         f'*"gpu_report.py {name}"*'
-        for name in ("retrieve", "soft", "contrast", "bank", "training", "sanitize-case")
+        for name in ("retrieve", "soft", "contrast", "bank", "training", "kernels", "sanitize-case")
     )
     broken.write_text(
         f'#!/bin/sh\ncase "$*" in *"gpu_report.py ceilings"*) exit 3;; {skipped}) exit 0;; esac\n'
@@ -130,7 +133,7 @@ def test_the_limits_leave_room_in_nine_minutes() -> None:
     for dry_alone in ("tests-collected", "sanitize-case"):
         del limits[dry_alone]
     beside = limits.pop("memcheck") + limits.pop("racecheck"), limits.pop("tests-kernels")
-    assert len(limits) == 12
+    assert len(limits) == 13
     assert max(beside) <= limits["tests"]
     assert sum(limits.values()) < 540
 
