@@ -73,9 +73,12 @@ class BankWriter:
             zip(jobs, read), "pre-fill bank", total=len(jobs), unit="chunk"
         ):
             if isinstance(images, ValueError):
-                failed += len(tiles)
-                self._skip(images, failed, sum(self.slides.tiles))
-                continue
+                error, wanted = images, len(tiles)
+                tiles, images = self._readable(slide, tiles) if self._skips else (tiles[:0], torch.empty(0))
+                failed += wanted - len(tiles)
+                self._skip(error, failed, sum(self.slides.tiles))
+                if not len(tiles):
+                    continue
             features = self._encode(images)
             bad = self._first_bad(features)
             if bad is not None:
@@ -87,7 +90,7 @@ class BankWriter:
 
     def _skip(self, error: ValueError, failed: int, tiles: int) -> None:
         """Go on without tiles that cannot be read, or raise."""
-        if self.data.on_error == "stop" or failed > self.data.max_failing * tiles:
+        if not self._skips or failed > self.data.max_failing * tiles:
             raise error
         warnings.warn(f"{failed} of {tiles} tiles left out of the bank so far: {error}", stacklevel=3)
 
@@ -121,21 +124,30 @@ class BankWriter:
         slide_of, tile_of = torch.cat(slide)[oldest], torch.cat(tile)[oldest]
         for s in slide_of.unique().tolist():  # a slide at a time, as they are read
             for chosen in tile_of[slide_of == s].sort().values.split(self.chunk):
-                there, images = self._readable(s, chosen)
+                there, images = self._readable(s, chosen, "row not renewed")
                 if len(there):
                     self.keep(s, there, self._encode(images), step=step)
 
-    def _readable(self, slide: int, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Tiles int64 [c] that can be read, with their images: one that cannot must not keep the others from it."""
+    @property
+    def _skips(self) -> bool:
+        return self.data.on_error == "skip"
+
+    def _readable(self, slide: int, tiles: Tensor, warning: str = "") -> tuple[Tensor, Tensor]:
+        """Tiles int64 [c] that can be read, with their images: one that cannot must not keep the others from it.
+
+        Args:
+            warning: what is said of each that cannot.
+        """
         images = read_or_error(self.slides.reader, slide, tiles)
         if isinstance(images, Tensor):
             return tiles, images
-        if self.data.on_error == "stop":
+        if not self._skips:
             raise images
         if len(tiles) == 1:
-            warnings.warn(f"row not renewed: {images}", stacklevel=4)
+            if warning:
+                warnings.warn(f"{warning}: {images}", stacklevel=4)
             return tiles[:0], torch.empty(0)
-        halves = [self._readable(slide, half) for half in tiles.tensor_split(2)]
+        halves = [self._readable(slide, half, warning) for half in tiles.tensor_split(2)]
         there = [half for half in halves if len(half[0])]
         if not there:
             return tiles[:0], torch.empty(0)

@@ -45,7 +45,6 @@ def test_the_oldest_rows_of_the_steps_slides_are_renewed(tiny_cohort: Path, tmp_
 def test_a_tile_that_cannot_be_read_does_not_keep_the_others_old(tiny_cohort: Path, tmp_path: Path) -> None:
     """It stays the oldest of its slide, and so is in every share of the budget."""
     trainer = Trainer(tiny_config(tiny_cohort, *MOVING, "data.on_error=skip"), tmp_path / "run")
-    trainer.writer.fill()
     read = trainer.train.reader.read
 
     def damaged(slide: int, tiles: torch.Tensor) -> torch.Tensor:
@@ -53,6 +52,12 @@ def test_a_tile_that_cannot_be_read_does_not_keep_the_others_old(tiny_cohort: Pa
             raise SlideError("slide s0, tile 2: damaged")
         return read(slide, tiles)
 
+    trainer.train.reader.read = damaged  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"1 of \d+ tiles left out of the bank so far: slide s0, tile 2: damaged"):
+        trainer.writer.fill()
+    assert trainer.model.bank.written(0).logical_not().nonzero().tolist() == [[2]]
+    trainer.train.reader.read = read  # type: ignore[method-assign]
+    trainer.writer.fill()
     trainer.train.reader.read = damaged  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="row not renewed: slide s0, tile 2: damaged"):
         trainer.writer.renew(torch.tensor([0]), torch.tensor([[0]]), 6, step=3)
