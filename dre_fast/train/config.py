@@ -110,7 +110,8 @@ class MemoryConfig:
     scale_shares: list[float] = field(
         default_factory=list
     )  # parts of the live tiles for each folder of data.tiles, e.g. [3, 1]; none: equal ones
-    guided: float = 0.0  # part of the live tiles that the slide's report draws, in [0, 1)
+    guided: float = 0.0  # part of the live tiles that is drawn by score, in [0, 1)
+    guide: str = "report"  # report | loss: effect on the similarity with the report, or size of that on the tasks' loss
     candidates: int = 1024  # tiles of a slide (at each magnification) that it draws them from
     guide_temperature: float = 1.0  # low: the best candidates alone; high: any
     retrieved: int = 256  # r, rows per slide from the bank (mode: sampled)

@@ -197,6 +197,7 @@ def _check_sampling(config: Config) -> None:
         )
     if not 0 <= memory.guided < 1:
         raise ConfigError(f"memory.guided={memory.guided}: must be in [0, 1)")
+    _one_of("memory.guide", memory.guide, ("report", "loss"))
     if not 0 < memory.guide_temperature < math.inf:
         raise ConfigError(f"memory.guide_temperature={memory.guide_temperature}: must be a number > 0")
     drawn = int(memory.guided * memory.live)
@@ -209,18 +210,23 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(f"memory.candidates={memory.candidates}: {drawn} tiles are to be drawn from them")
     if memory.guided and config.model.aggregator != "residual":
         raise ConfigError("memory.guided scores rows by their residuals: it needs model.aggregator=residual")
-    if memory.guided and not config.loss.contrastive:
+    if memory.guided and memory.guide == "report" and not config.loss.contrastive:
         raise ConfigError(
-            "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports"
+            "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports; with "
+            "memory.guide=loss it draws them by their effect on the loss of the tasks"
+        )
+    if memory.guided and memory.guide == "loss" and not config.loss.tasks:
+        raise ConfigError(
+            "memory.guide=loss draws tiles by their effect on the tasks' loss: it needs loss.tasks"
         )
     if memory.guided and memory.mode == "exact":
         raise ConfigError("memory.guided has no use with memory.mode=exact: every tile is live")
-    which = "memory.guided" if memory.guided else "several folders in data.tiles" if scales > 1 else None
-    if which and memory.mode == "sampled":
+    if scales > 1 and memory.mode == "sampled":
         raise ConfigError(
-            f"memory.mode=sampled retrieves the rows that follow the live ones in the one permutation of a slide, "
-            f"which {which} departs from; use memory.mode=full, which sees all rows at less cost, or none"
+            "memory.mode=sampled retrieves the rows that follow the live ones in the one permutation of a slide, which "
+            "several folders in data.tiles depart from; use memory.mode=full, which sees all rows at less cost, or none"
         )
+    which = "memory.guided" if memory.guided else "several folders in data.tiles" if scales > 1 else None
     if which and memory.grad_scale == "unbiased":
         raise ConfigError(
             f"memory.grad_scale=unbiased: n/m is the right factor when all tiles of a slide are live equally "

@@ -128,7 +128,7 @@ class Trainer:
         self.group.same_start(self.model)
         if self.group.world > 1:  # dropout differs from process to process
             torch.manual_seed(config.run.seed * 1_000_003 + self.group.rank)
-        self.planner = planner_of(config, self.data, self.model)
+        self.planner = planner_of(config, self.data, self.model, self.objective)
         self.guard = EncoderGuard(config, self.model, self.data, self.group, self._autocast)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dre_fast.data.cohort import Task
@@ -102,6 +103,15 @@ class Objective(nn.Module):
             method=task.method,
             edges=task.edges,
         )
+
+    @property
+    def labelled(self) -> Tensor:
+        """Which training slides have a label of any task: bool [S]."""
+        found = torch.zeros(len(self.report_rows), dtype=torch.bool)
+        for target in self.targets.values():
+            known = ~target.isnan() if target.is_floating_point() else target >= 0
+            found |= known.flatten(1).any(1) if known.dim() > 1 else known
+        return found
 
     @property
     def temperature(self) -> float | None:

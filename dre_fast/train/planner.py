@@ -1,4 +1,4 @@
-"""The plan of an epoch: its slides in order, and the live tiles of each from its permutations and its report."""
+"""The plan of an epoch: its slides in order, and the live tiles of each from its permutations and its guide."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dre_fast.data.multiscale import scales_of
-from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.reference.sampling import hashed_uniform
 from dre_fast.train.config import Config, MemoryConfig
-from dre_fast.train.guided import ReportGuide
+from dre_fast.train.guided import Guide, LossGuide, ReportGuide
+from dre_fast.train.objective import Objective
 from dre_fast.train.run_data import RunData
 from dre_fast.train.samplers import EpochPlan, draw, next_tiles, packed, scale_slots, visits
 
@@ -21,10 +22,10 @@ from dre_fast.train.samplers import EpochPlan, draw, next_tiles, packed, scale_s
 class Planner:
     """Makes the plan of each epoch of a process.
 
-    The live tiles of a slide are shared out to its scales. At each of them a part may be drawn by the report, from the
+    The live tiles of a slide are shared out to its scales. At each of them a part may be drawn by the guide, from the
     tiles that follow the others in the permutation; the others are the next of that permutation. Without a guide, and
-    for slides without a report, a plan is a function of seed and epoch; with one it also depends on model and bank as
-    they are when it is made, at the start of an epoch.
+    for slides that it does not know, a plan is a function of seed and epoch; with one it also depends on model and bank
+    as they are when it is made, at the start of an epoch.
 
     Args:
         memory: ``live``, ``scale_shares``, ``guided``, ``candidates``, ``guide_temperature``.
@@ -49,10 +50,10 @@ class Planner:
         per_shard: int,
         steps: int,
         seed: int,
-        guide: ReportGuide | None = None,
+        guide: Guide | None = None,
     ) -> None:
         if memory.guided and guide is None:
-            raise ValueError("Planner: memory.guided > 0 needs a guide, and so the reports")
+            raise ValueError("Planner: memory.guided > 0 needs a guide")
         self.memory, self.sizes, self.numbers, self.seed = memory, sizes, numbers, seed
         self.shards, self.per_shard, self.steps = shards, per_shard, steps
         self.guide = guide if memory.guided else None
@@ -126,7 +127,7 @@ class Planner:
         return packed(torch.cat(live, 1), self.memory.live)
 
     def _drawn(self, slides: Tensor, drawn: Tensor, candidates: list[Tensor], epoch: int) -> list[Tensor]:
-        """Tiles that the reports draw at each scale: int64 [B, any], -1 for unused slots."""
+        """Tiles that the guide draws at each scale: int64 [B, any], -1 for unused slots."""
         assert self.guide is not None
         there = (drawn > 0).any(1)
         scores = torch.full((len(slides), sum(own.shape[1] for own in candidates)), torch.nan)
@@ -148,12 +149,18 @@ class Planner:
         return found
 
 
-def planner_of(config: Config, data: RunData, model: DRESLCL) -> Planner:
+def planner_of(config: Config, data: RunData, model: DRESLCL, objective: Objective) -> Planner:
     """The planner of a run, for the slides that this process holds."""
-    guide = None
-    if config.memory.guided:
+    guide: Guide | None = None
+    if config.memory.guided and config.memory.guide == "report":
         assert data.reports is not None  # Config.validate has seen to it
         guide = ReportGuide(model, data.reports.matrix, data.own.report_rows)
+    elif config.memory.guided:
+
+        def loss(out: SlideOutput, slides: Tensor) -> Tensor:
+            return objective.without_contrast(out, data.numbers[slides])
+
+        guide = LossGuide(model, loss, objective.labelled[data.numbers])
     return Planner(
         # slots that no slide can fill would be read, and take memory, as if they were tiles
         replace(config.memory, live=min(config.memory.live, max(data.train.tiles))),

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, normalize, softplus
 
 from dre_fast.nn.bank import MemoryBank
-from dre_fast.nn.model import DRESLCL
+from dre_fast.nn.model import DRESLCL, SlideOutput
 from dre_fast.nn.slide_encoder import SlideEncoder
 from dre_fast.train.config import ConfigError, MemoryConfig, load_config
-from dre_fast.train.guided import ReportGuide
+from dre_fast.train.guided import LossGuide, ReportGuide
 from dre_fast.train.planner import Planner
 from dre_fast.train.samplers import draw, next_tiles, packed, scale_slots
 
@@ -284,6 +284,31 @@ def test_scores_are_what_a_row_more_does_to_the_similarity():
             assert float(found[tile]) == pytest.approx((more - less) / 2e-4, abs=2e-5, rel=1e-3)
 
 
+@torch.no_grad()
+def test_scores_of_the_loss_are_the_size_of_what_a_row_more_does_to_it():
+    model, _, sizes = guided_model()
+
+    def loss(out: SlideOutput, slides: Tensor) -> Tensor:
+        return (slides + 1.0).double() @ softplus(out.embedding.double().sum(1))
+
+    guide = LossGuide(model, loss, torch.tensor([True, True, False]))
+    assert guide.knows(torch.arange(3)).tolist() == [True, True, False]
+    found = guide.scores(torch.tensor([1, 0]), torch.arange(45).expand(2, 45))
+    assert (found >= 0).all()
+    assert (found > 0).float().mean() > 0.9
+    model.double().eval()
+    for slide, scores in ((1, found[0]), (0, found[1])):
+        rows = model.bank.read(torch.full((sizes[slide],), slide), torch.arange(sizes[slide])).double()
+        codes = model.bank.codes(slide)
+        each = torch.zeros(sizes[slide], *model.codebook.shape, dtype=torch.float64)
+        each[torch.arange(sizes[slide]), codes] = rows - model.codebook.double()[codes]
+        whole, own = each.sum(0), torch.tensor([slide])
+        for tile in range(45):
+            step = 1e-4 * each[tile]
+            more, less = (float(loss(model.represent((whole + way * step)[None]), own)) for way in (1, -1))
+            assert float(scores[tile]) == pytest.approx(abs(more - less) / 2e-4, abs=2e-5, rel=1e-3)
+
+
 def test_scores_compare_tiles_with_those_of_their_codeword():
     # intra-normalisation makes V_k a direction: what all its rows do together changes nothing
     model, guide, sizes = guided_model()
@@ -352,7 +377,8 @@ def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
         (["memory.guided=0.5", "memory.candidates=0"], "memory.candidates"),
         (["memory.guided=0.5", "memory.mode=exact"], "memory.mode=exact"),
         (["memory.guided=0.5", "model.aggregator=mean"], "model.aggregator=residual"),
-        (["memory.guided=0.5", "memory.mode=sampled"], "memory.mode=sampled.*memory.guided"),
+        (["memory.guided=0.5", "memory.guide=loss", "loss.tasks=[]"], "memory.guide=loss .*loss.tasks"),
+        (["memory.guided=0.5", "memory.guide=label"], "memory.guide='label'"),
         (["memory.guided=0.5", "memory.grad_scale=unbiased"], "unbiased.*memory.guided"),
         (["memory.guided=0.5", "memory.guide_temperature=0"], "memory.guide_temperature"),
         (["memory.guided=0.5", "loss.contrastive=null", "loss.tasks=[{name: a}]"], "loss.contrastive"),

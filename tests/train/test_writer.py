@@ -53,7 +53,9 @@ def test_a_tile_that_cannot_be_read_does_not_keep_the_others_old(tiny_cohort: Pa
         return read(slide, tiles)
 
     trainer.train.reader.read = damaged  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match=r"1 of \d+ tiles left out of the bank so far: slide s0, tile 2: damaged"):
+    with pytest.warns(
+        UserWarning, match=r"1 of \d+ tiles left out of the bank so far: slide s0, tile 2: damaged"
+    ):
         trainer.writer.fill()
     assert trainer.model.bank.written(0).logical_not().nonzero().tolist() == [[2]]
     trainer.train.reader.read = read  # type: ignore[method-assign]
