@@ -87,6 +87,10 @@ def check_config(config: Config) -> None:
         )
     _one_of("loss.contrastive", config.loss.contrastive, ("infonce", "siglip", None))
     _one_of("loss.negatives", config.loss.negatives, ("batch", "all"))
+    if config.loss.negatives == "all" and config.loss.contrastive is None:
+        raise ConfigError(
+            "loss.negatives=all is for loss.contrastive, and loss.contrastive=null leaves it out"
+        )
     for name in config.run.loggers:
         _one_of("run.loggers", name, LOGGERS)
     if "tensorboard" in config.run.loggers and not config.run.tensorboard:

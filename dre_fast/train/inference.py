@@ -137,7 +137,7 @@ def validate(
     """Validation losses, AUCs and c-indices of a set of slides, shared out to the processes of a group.
 
     ``val_score``, by which the best model is kept, is the mean over the tasks of AUC (survival tasks: c-index), where it
-    is defined, with the loss as tie-breaker (minus a thousandth of it); without any, it is minus the loss. ``val_loss``
+    is defined, with the loss L as tie-breaker (less L / (1 + L) / 1000); without any, it is minus the loss. ``val_loss``
     is the run's own, its parts by their weights; a task without a label among the slides has no part in it.
 
     Args:
@@ -195,7 +195,7 @@ def judge_epoch(
         if score is not None:
             scores.append(score)
     result["val_loss"] = total
-    return result, sum(scores) / len(scores) - 1e-3 * total if scores else -total
+    return result, sum(scores) / len(scores) - 1e-3 * total / (1 + total) if scores else -total
 
 
 def _encode_shared(

@@ -12,6 +12,7 @@ from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import SlideOutput
 from dre_fast.nn.supervised import class_weights, supervised_loss
 from dre_fast.train.build import Reports, SlideSet
+from dre_fast.train.checks import labelled
 from dre_fast.train.config import LossConfig
 
 
@@ -109,8 +110,7 @@ class Objective(nn.Module):
         """Which training slides have a label of any task: bool [S]."""
         found = torch.zeros(len(self.report_rows), dtype=torch.bool)
         for target in self.targets.values():
-            known = ~target.isnan() if target.is_floating_point() else target >= 0
-            found |= known.flatten(1).any(1) if known.dim() > 1 else known
+            found |= labelled(target).view(len(found), -1).any(1)
         return found
 
     @property

@@ -75,3 +75,10 @@ def test_nothing_to_train_on_is_refused():
 def test_every_default_survives_the_yaml_round_trip(tmp_path):
     save_config(Config(), tmp_path / "c.yaml")
     assert dataclasses.asdict(load_config(tmp_path / "c.yaml")) == dataclasses.asdict(Config())
+
+
+def test_negatives_of_a_loss_that_is_left_out_are_refused():
+    with pytest.raises(ConfigError, match="loss.negatives=all is for loss.contrastive"):
+        load_config(
+            None, ["loss.contrastive=null", "loss.negatives=all", "loss.tasks=[{name: a}]", "data.cohort=c"]
+        ).validate()
