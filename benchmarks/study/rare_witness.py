@@ -2,9 +2,10 @@
 
     python -m benchmarks.study.rare_witness --out benchmarks/results/cpu-2-cores/rare_witness
 
-Frozen encoder, no memory, sampled and full memory, and the exact gradient, over encoder rates from 0.01 to 1 of the
-head's, with the drift guard, at 1 also without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all
-logs but those of single steps), table.md and figure.png.
+Frozen encoder, no memory, sampled and full memory, both also with half of fewer live tiles drawn by their effect on the
+loss ("guided"), and the exact gradient, over encoder rates from 0.01 to 1 of the head's, with the drift guard, at 1 also
+without; 3 seeds. A study goes on where it stopped. Writes runs.jsonl (all logs but those of single steps), table.md and
+figure.png.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SLIDES = {"train": 1280, "val": 2, "test": 400}
 WITNESSES = 4  # of 484 tiles
 EPOCHS = 16
 ENCODER: dict[str, Any] = {"dim": 32, "width": 16}
+GUIDED: dict[str, Any] = {"memory.guided": 0.5, "memory.guide": "loss", "memory.live": 32}
 
 
 def base(data: Path) -> dict[str, Any]:
@@ -73,10 +75,13 @@ def runs(seed: int) -> list[Run]:
         Run("frozen", seed, {"optim.freeze_encoder": True}),
         *(Run(f"{mode} default", seed, {"memory.mode": mode}) for mode in ("full", "sampled", "none")),
     ]
-    for rate in (1.0, 0.01, 0.3):  # 0.1 is the default
-        for mode in ("full", "sampled"):
-            settings = {"memory.mode": mode, "optim.encoder_lr_scale": rate}
-            found.append(Run(f"{mode} {rate:g}", seed, settings))
+    both = [(mode, guided) for guided in (True, False) for mode in ("full", "sampled")]
+    for rate in (0.1, 1.0, 0.01, 0.3):  # 0.1 is the default
+        for mode, guided in both:
+            if rate != 0.1 or guided:
+                name = f"{mode}{' guided' * guided} {'default' if rate == 0.1 else format(rate, 'g')}"
+                settings = {"memory.mode": mode, "optim.encoder_lr_scale": rate, **(GUIDED if guided else {})}
+                found.append(Run(name, seed, settings))
     for mode in ("full", "sampled"):
         settings = {"memory.mode": mode, "optim.encoder_lr_scale": 1.0, "memory.drift_limit": 0}
         found.append(Run(f"{mode} 1 unguarded", seed, settings))
@@ -112,11 +117,21 @@ def table(outcomes: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _order(name: str) -> tuple[int, float, str]:
-    words = name.split()
-    kind = ["frozen", "none", "sampled", "full", "exact"].index(words[0])
-    rate = 0.1 if len(words) < 2 or words[1] == "default" else float(words[1])
-    return kind, rate, name
+def rate_of(name: str) -> float:
+    """The encoder's rate over the head's, of a run of this name."""
+    return next((float(word) for word in name.split() if word[0].isdigit()), 0.1)
+
+
+def _order(name: str) -> tuple[int, bool, float, str]:
+    kind = ["frozen", "none", "sampled", "full", "exact"].index(name.split()[0])
+    return kind, "guided" in name, rate_of(name), name
+
+
+_LINES = (
+    (" guided", "half drawn by loss", "#2ca02c"),
+    ("", "in turn", "#1f77b4"),
+    (" unguarded", "in turn, no drift guard", "#d62728"),
+)
 
 
 def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
@@ -124,13 +139,13 @@ def draw(outcomes: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(9, 4)
     for column, mode in enumerate(("full", "sampled")):
         axes = figure.add_subplot(1, 2, column + 1)
-        for label, ending, colour in (("drift guard", "", "#1f77b4"), ("without", " unguarded", "#d62728")):
-            points = []
-            for outcome in outcomes:
-                words = outcome["name"].split()
-                if words[0] == mode and (" unguarded" in outcome["name"]) == bool(ending):
-                    rate = 0.1 if words[1] == "default" else float(words[1])
-                    points.append((rate, last(outcome, "val_auc_witness")))
+        for mark, label, colour in _LINES:
+            points = [
+                (rate_of(outcome["name"]), last(outcome, "val_auc_witness"))
+                for outcome in outcomes
+                if outcome["name"].startswith(mode)
+                and [m for m, *_ in _LINES if m and m in outcome["name"]] == [mark] * bool(mark)
+            ]
             if not points:
                 continue
             rates = sorted({rate for rate, _ in points})

@@ -155,13 +155,16 @@ def tiles_at(
     return torch.where(positions >= 0, tiles, -1)
 
 
-def hashed_uniform(first: int, count: int, seed: int, stream: int = 0) -> Tensor:
+def hashed_uniform(first: int, count: int, seed: int, stream: int | Tensor = 0) -> Tensor:
     """Uniform numbers of the rows first .. first + count - 1: float64 [count] in [0, 1), multiples of 2^-32.
 
     A function of row, seed and stream alone, so rows may come in chunks of any size. On the CPU.
+
+    Args:
+        stream: an int; or int64 [B], for numbers [B, count] of as many streams.
     """
     rows = torch.arange(first, first + count)
-    start = torch.tensor([stream], dtype=torch.int64)
+    start = torch.as_tensor(stream, dtype=torch.int64)[..., None]
     key = _key(seed, start, torch.zeros_like(start))
     lo, hi = _words(rows)
     return _mix((_mix((lo + key) & _U32) + hi * _GOLDEN + key) & _U32).double() / 2.0**32

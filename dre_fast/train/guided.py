@@ -11,6 +11,8 @@ from torch.nn.functional import cosine_similarity
 from dre_fast.nn.contributions import contributions
 from dre_fast.nn.model import DRESLCL, SlideOutput
 
+_AT_ONCE = 64  # slides
+
 
 class Guide:
     """Scores tiles by their first-order effect on a number that the slides have; no tile is encoded.
@@ -18,10 +20,15 @@ class Guide:
     Args:
         model: with its bank and a residual slide encoder.
         known: bool [S], which slides of the bank have such a number.
+
+    Attributes:
+        at_once: slides that are best scored together: many, but of a bank in a file no more than those of a step, which
+            its cache holds.
     """
 
     def __init__(self, model: DRESLCL, known: Tensor) -> None:
         self.model, self._known = model, known
+        self.at_once = 1 if model.bank.tier == "file" else _AT_ONCE
 
     def number(self, out: SlideOutput, slides: Tensor) -> Tensor:
         """The sum (or mean) over slides, int64 [B], of what their tiles are to have an effect on; 0-d."""
@@ -40,7 +47,9 @@ class Guide:
 
         V holds all rows that the bank has of a slide, whatever the memory mode; dropout is off.
         """
-        model, bank = self.model.eval(), self.model.bank
+        model, bank = self.model, self.model.bank
+        if model.training:
+            model.eval()
         none = torch.empty(len(slides), 0, dtype=torch.int64)
         residuals = bank.encode(slides, none, torch.empty(len(slides), 0, bank.dim, device=bank.device))
         assert isinstance(residuals, Tensor)  # not the pair that return_counts gives

@@ -74,10 +74,11 @@ class Planner:
         elif self.guide is None:
             plan.tiles = self._live_tiles(slides, epoch)
         else:
-            for step in range(len(sizes)):  # a step's slides at once: so many fit the bank's cache
-                there = plan.step(step)
-                self.guide.expect(slides[there.start : plan.step(min(step + 1, len(sizes) - 1)).stop])
-                plan.tiles[there] = self._live_tiles(slides[there], epoch)
+            together = max(1, self.guide.at_once // max(sizes, default=1))
+            for step in range(0, len(sizes), together):
+                there, coming = (slides[plan.steps(step, step + n * together)] for n in (1, 2))
+                self.guide.expect(coming)
+                plan.tiles[plan.steps(step, step + together)] = self._live_tiles(there, epoch)
         self._plan, self._epoch, self._kept = plan, epoch, None
         return plan
 
@@ -112,7 +113,8 @@ class Planner:
         if self.guide is not None:
             share = (slots * self.memory.guided + 1e-9).to(torch.int64)  # 0.7 * 10 is a little less than 7
             drawn = torch.where(self.guide.knows(slides)[:, None], share, drawn)
-        beyond = self.memory.candidates if self.guide is not None else 0
+        most = int(self.sizes.max()) if self.sizes.numel() else 0
+        beyond = min(self.memory.candidates, most) if self.guide is not None else 0
         live, candidates = [], []
         for scale, taken in enumerate((slots - drawn).T):
             # each scale has a permutation of its own; that of the first is the bank's
@@ -132,12 +134,7 @@ class Planner:
         there = (drawn > 0).any(1)
         scores = torch.full((len(slides), sum(own.shape[1] for own in candidates)), torch.nan)
         scores[there] = self.guide.scores(slides[there], torch.cat(candidates, 1)[there])
-        uniform = torch.stack(
-            [
-                hashed_uniform(0, scores.shape[1], self.seed, (epoch << 32) + number)
-                for number in self.numbers[slides].tolist()
-            ]
-        )
+        uniform = hashed_uniform(0, scores.shape[1], self.seed, (epoch << 32) + self.numbers[slides])
         found, first = [], 0
         for scale, own in enumerate(candidates):
             columns = slice(first, first + own.shape[1])

@@ -29,8 +29,11 @@ class EpochPlan:
 
     def step(self, number: int) -> slice:
         """Visits of a step."""
-        first = sum(self.sizes[:number])
-        return slice(first, first + self.sizes[number])
+        return self.steps(number, number + 1)
+
+    def steps(self, first: int, end: int) -> slice:
+        """Visits of the steps from ``first`` to before ``end``, as far as there are steps."""
+        return slice(sum(self.sizes[:first]), sum(self.sizes[:end]))
 
 
 def epoch_order(slides: int, seed: int, epoch: int, shard: int = 0) -> Tensor:

@@ -78,7 +78,7 @@ def test_every_default_survives_the_yaml_round_trip(tmp_path):
 
 
 def test_negatives_of_a_loss_that_is_left_out_are_refused():
-    with pytest.raises(ConfigError, match="loss.negatives=all is for loss.contrastive"):
+    with pytest.raises(ConfigError, match=r"loss\.negatives=all is for loss\.contrastive"):
         load_config(
             None, ["loss.contrastive=null", "loss.negatives=all", "loss.tasks=[{name: a}]", "data.cohort=c"]
         ).validate()
