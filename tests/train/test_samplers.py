@@ -398,4 +398,7 @@ def test_lines_of_the_page_are_settings():
     lines = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(lines) == 6
     for line in lines:
-        load_config(None, ["data.cohort=c", "data.tiles=t", "data.reports=r", *line.split()]).validate()
+        load_config(
+            None,
+            ["data.cohort=c", "data.tiles=t", "data.reports=r", "loss.tasks=[{name: a}]", *line.split()],
+        ).validate()
