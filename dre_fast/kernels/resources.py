@@ -33,8 +33,6 @@ MODULES = [
     "contrast_forward",
     "contrast_backward",
 ]
-# Rows, K and D of P1 and P2 in benchmarks/registry.py.
-_HEADLINE = (("bf16", 64, 384), ("bf16", 64, 1024))
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,14 @@ def _read(cubin: bytes, shared: int) -> Usage:
     )
 
 
-def measure_all(capabilities: list[int], headline: bool = False, match: str = "") -> list[tuple[Case, Usage]]:
-    """Every case of the architectures (of the two headline shapes only; of names that contain ``match`` only)."""
+def measure_all(capabilities: list[int], match: str = "", every: int = 1) -> list[tuple[Case, Usage]]:
+    """Every case of the architectures (of names that contain ``match`` only), or every n-th of them."""
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         numbers = [
             (capability, i)
             for capability in capabilities
             for i, case in enumerate(cases(config.ARCHS[capability]))
-            if match in case.name and (not headline or (case.dtype, case.codewords, case.dim) in _HEADLINE)
+            if i % every == 0 and match in case.name
         ]
         usages = list(pool.map(_measure_numbered, numbers))
     found = {capability: list(cases(config.ARCHS[capability])) for capability in capabilities}
@@ -155,13 +153,13 @@ def table(rows: list[tuple[Case, Usage]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dre_fast.kernels.resources", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=list(config.ARCHS), help="default: all")
-    parser.add_argument("--headline", action="store_true", help="only the bf16 shapes K=64, D=384 and D=1024")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th case")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table of this Markdown page")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    rows = measure_all(list(arguments.arch or config.ARCHS), arguments.headline, arguments.match)
+    rows = measure_all(list(arguments.arch or config.ARCHS), arguments.match, arguments.every)
     if arguments.json:
         entries = [{"name": case.name, **_plain(case), **dataclasses.asdict(usage)} for case, usage in rows]
         print(json.dumps(entries, indent=1))
