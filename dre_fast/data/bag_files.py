@@ -74,8 +74,11 @@ def _of_run(top: Path) -> list[Path]:
     return _in_folder(encoders[0]) if encoders else []
 
 
-def _walk(top: Path) -> list[Path]:
-    found = _in_folder(top)
+def _walk(top: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    real = top.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return []
+    above, found = above | {real}, _in_folder(top)
     if (top / "h5_files").is_dir() and (top / "pt_files").is_dir():
         found += _clam(top)
     for sub in _subfolders(top):
@@ -85,7 +88,7 @@ def _walk(top: Path) -> list[Path]:
             and (top / "pt_files").is_dir()
         )
         if not clam and sub.name not in NOT_BAGS and not sub.name.startswith("slide_features_"):
-            found += _walk(sub)
+            found += _walk(sub, above)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dre_fast.data.tables import CohortError, read_table
-from dre_fast.data.tasks import LabelError, Task, encode_task, sort_classes
+from dre_fast.data.tasks import UNCLEAR, LabelError, Task, encode_task, sort_classes
 
 __all__ = ["Cohort", "CohortError", "LabelError", "SlideRecord", "Task", "case_of"]
 
@@ -26,6 +26,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
+_NO_NAME = ("nan", "null", "<na>", "#n/a", "n/a")  # as ids they would make one slide, or one patient, of many
 _TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])")
 
 
@@ -250,12 +251,16 @@ class Cohort:
         """``task`` with its columns checked and, when multiclass without classes, those of its column.
 
         Raises:
-            CohortError: no such column, or a multiclass column with fewer than two values.
+            CohortError: no such column, a multiclass column with fewer than two values, or one with a value such as
+                "unknown" that would become a class.
         """
         self._check_columns(task.columns, task)
         if task.kind != "multiclass" or task.classes:
             return task
         classes = self.label_values(task.columns[0])
+        unclear = [value for value in classes if value.lower() in UNCLEAR]
+        if unclear:
+            raise self._unclear(task, classes, unclear)
         if len(classes) < 2:
             raise CohortError(
                 f"{self.source}, column {task.columns[0]!r}: task {task.name!r} needs at least two classes, "
@@ -281,6 +286,17 @@ class Cohort:
     def encode_labels(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Task name -> targets of all slides; see :meth:`encode`."""
         return {task.name: self.encode(task) for task in tasks}
+
+    def _unclear(self, task: Task, classes: Sequence[str], unclear: Sequence[str]) -> CohortError:
+        """Values that a class would be made of, though they seem to say that there is no label."""
+        column = task.columns[0]
+        slides = sum(record.labels[column] in unclear for record in self.records)
+        return CohortError(
+            f"{self.source}, column {column!r}: {' and '.join(map(repr, unclear))} ({slides} of {len(self)} slides) "
+            f"would be classes of task {task.name!r}. If such a label is missing, list the word among the missing values "
+            f"(--missing {' '.join(map(repr, unclear))}, or data.missing_values of a run); if it is a class, give "
+            f"the task its classes ([{', '.join(classes)}])"
+        )
 
     def _check_columns(self, columns: Sequence[str], task: Task | None = None) -> None:
         for column in columns:
@@ -347,6 +363,12 @@ def _record(
     slide_id = values["slide_id"]
     if slide_id is None:
         raise fault("slide_id", "empty; every row needs one")
+    for column in ("slide_id", "case_id"):
+        if (values.get(column) or "").lower() in _NO_NAME:
+            raise fault(
+                column,
+                f"{values[column]!r} stands for a missing value; write the name, or leave an unknown case empty",
+            )
     if "/" in slide_id or "\\" in slide_id or slide_id.startswith("."):
         raise fault(
             "slide_id", f"{slide_id!r} is not usable as a file name; the slide file belongs in column 'path'"

@@ -13,7 +13,7 @@ from typing import Any
 from dre_fast.data.bag_cohort import refuse_shared_file, refuse_shared_report
 from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
-from dre_fast.data.files import write_text_atomic
+from dre_fast.data.files import check_writable, write_text_atomic
 from dre_fast.eval.fold_scores import (
     FoldScore,
     fold_scores,
@@ -96,6 +96,7 @@ class MILCrossValidation:
         self.out, self.settings, self.validation = Path(out), settings or MILSettings(), validation
         self.device = pick_device(device)
         self.tasks = list(tasks)
+        check_writable(self.out)
         began = began_in(self.out, FOLDS, resume)
         columns = columns_of(self.tasks)
         if began:
@@ -194,6 +195,7 @@ def train_on_splits(
         ValueError: as of :class:`MILCrossValidation`, or no slide is in the train split.
     """
     out, settings, how, tasks = Path(out), settings or MILSettings(), how or Judging(), list(tasks)
+    check_writable(out)
     began_in(out, SPLITS, False)
     cohort = cohort.subset(list(cohort.splits) or ["train"])
     cohort.subset("train")

@@ -99,7 +99,7 @@ def from_pretrained(
     config = _read_config(folder, MIL)
     try:
         model = cls(**config)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: not the config of a {MIL} ({error})") from error
     tensors = need("safetensors", "train")
     try:
