@@ -103,16 +103,17 @@ class ResidualMILModule(_lightning.LightningModule):  # type: ignore[misc]
 
     def on_validation_epoch_end(self) -> None:
         judged, self._judged = self._judged, []
-        if self.trainer.world_size > 1:
+        several = self.trainer.world_size > 1
+        if several:
             # not each process its own score: where one has no bag of a class, there is none to take the mean of
             everywhere: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(everywhere, judged)
             judged = [pair for own in everywhere for pair in own]
         logits, target = (torch.cat(parts) for parts in zip(*judged))
-        self.log("val_loss", self._loss(logits, target), prog_bar=True)
+        self.log("val_loss", self._loss(logits, target), prog_bar=True, sync_dist=several)
         score = auc("binary" if self.model.classes == 1 else "multiclass", logits, target)
         if score is not None:
-            self.log("val_auc", score, prog_bar=True)
+            self.log("val_auc", score, prog_bar=True, sync_dist=several)
 
     def predict_step(self, batch: Bags, _: int) -> Tensor:
         return self(batch.x, batch.cu_seqlens)  # type: ignore[no-any-return]

@@ -78,7 +78,7 @@ def test_the_table_holds_folds_mean_and_interval(study: Path):
     assert float(row["sd"]) == pytest.approx(np.std(folds, ddof=1), abs=1e-5)
     assert float(row["low"]) <= float(row["pooled"]) <= float(row["high"])
     assert int(row["samples"]) == 9
-    assert (study / "cv" / "scores.md").read_text().startswith("| task | column | metric | fold 0 |")
+    assert (study / "cv" / "scores.md").read_text().startswith("| task | metric | fold 0 |")
 
 
 def test_resume_trains_only_what_is_not_finished(

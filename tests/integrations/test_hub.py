@@ -177,6 +177,9 @@ def test_bad_folders_are_named(no_network: list[str], tmp_path: Path) -> None:
     refused(tmp_path, r"(?s)model\.safetensors: does not fit config\.json.*encoding\.codebook")
     (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 1}))
     refused(tmp_path, r"config\.json: not the config of a dre_fast\.ResidualMIL .*colour")
+    for key, value in (("dim", -1), ("dropout", 3.0), ("head", "heavy"), ("width", 33)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        refused(tmp_path, r"config\.json: not the config of a dre_fast\.ResidualMIL")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused(tmp_path, r"config\.json: of model_type 'bert', not dre_fast\.ResidualMIL")
     (tmp_path / "config.json").write_text("{")
