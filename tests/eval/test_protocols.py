@@ -182,6 +182,17 @@ def test_faults_are_named_before_anything_is_written(study: Path, tmp_path: Path
         CrossValidation(settings(study / "cohort"), tmp_path / "cv", folds=12)
     with pytest.raises(ValueError, match="holds a run"):
         CrossValidation(settings(study / "cohort"), study / "cv" / "fold-0")
+    table = study / "cohort" / "cohort.csv"
+    lines = [
+        f"{line},{'report' if not i else 'Benign.'}" for i, line in enumerate(table.read_text().splitlines())
+    ]
+    (study / "cohort" / "told.csv").write_text("\n".join(lines) + "\n")
+    told = settings(study / "cohort", f"data.cohort={study / 'cohort' / 'told.csv'}")
+    with (
+        pytest.warns(UserWarning, match="'split' is not used"),
+        pytest.raises(ValueError, match=r"\(case 'c0', fold \d\) and .* have the same report"),
+    ):
+        CrossValidation(told, tmp_path / "cv", folds=3)
     assert not (tmp_path / "cv").exists()
 
 
