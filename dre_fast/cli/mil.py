@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("features", help="folder of bags, one feature file a slide")
+    parser.add_argument("features", help="folder of bags, one feature file a slide, or a CSV of their paths")
     parser.add_argument(
         "labels", metavar="LABELS.csv", help="columns slide_id, case_id and labels; or a row a case"
     )

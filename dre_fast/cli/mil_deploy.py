@@ -17,7 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog="example: dre-fast mil-deploy cv other_features --labels other.csv --out other",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder that `dre-fast mil` wrote")
-    parser.add_argument("features", help="folder of bags, from the encoder of the training")
+    parser.add_argument(
+        "features", help="folder of bags, or a CSV of their paths, from the encoder of the training"
+    )
     parser.add_argument(
         "--labels", metavar="LABELS.csv", help="slides, cases and labels; without, every bag is predicted"
     )

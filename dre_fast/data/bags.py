@@ -123,7 +123,7 @@ class BagFolder(Mapping[str, Bag]):
     they read one piece of one bag at a time.
 
     Args:
-        folder: as for :func:`find_bags`, ``recursive`` too.
+        folder: or table, as for :func:`find_bags`, ``recursive`` too.
         ids: these slides only, in this order, e.g. those of the training split.
         mpp: microns per pixel of level 0, of all slides or by slide.
 
