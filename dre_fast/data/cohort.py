@@ -27,7 +27,7 @@ SPLITS = {
     "testing": "test",
 }
 _NO_NAME = ("nan", "null", "<na>", "#n/a", "n/a")  # as ids they would make one slide, or one patient, of many
-_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])")
+_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.I)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Cohort:
         source: name for messages, the CSV's path when there is one.
 
     Raises:
-        CohortError: a repeated slide, or a case in two splits or two folds.
+        CohortError: a repeated slide, or a case in two splits or two folds, also one written in upper and in lower
+            case.
     """
 
     def __init__(
@@ -313,7 +314,13 @@ class Cohort:
             value = getattr(record, column)
             if value is None:
                 continue
-            other = first.setdefault(record.case_id, record)
+            other = first.setdefault(record.case_id.casefold(), record)
+            if getattr(other, column) != value and other.case_id != record.case_id:
+                raise CohortError(
+                    f"{self.source}, column {column!r}: cases {other.case_id!r} ({_row(other)}, in "
+                    f"{getattr(other, column)!r}) and {record.case_id!r} ({_row(record)}, in {value!r}) "
+                    "differ in upper and lower case alone; write one patient one way, two patients clearly apart"
+                )
             if getattr(other, column) != value:
                 raise CohortError(
                     f"{self.source}, column {column!r}: case {record.case_id!r} is in two {column}s: "

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,9 +255,15 @@ def _write_mil(model: ResidualMIL, folder: Path, card: Card | None, repo: str | 
 
 
 def _write_card(folder: Path, text: str) -> None:
-    """A card that is there stays: its owner may have written into it."""
-    if not (folder / README).exists():
-        write_text_atomic(folder / README, text)
+    """A card that is there stays, with a warning where it says something else: its owner may have written into it."""
+    card = folder / README
+    if not card.exists():
+        write_text_atomic(card, text)
+    elif card.read_text(encoding="utf-8") != text:
+        warnings.warn(
+            f"{card} was there and stays as it is: it may speak of another model; delete it to have it written anew",
+            stacklevel=2,
+        )
 
 
 def _facts_of_run(run: Path, card: Card, scores: PathLike | None) -> Card:

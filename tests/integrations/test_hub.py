@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,8 +127,12 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     assert "library_name: dre_fast" in full.split("---")[1]
     assert "Not stated" not in full
     (tmp_path / "full" / "README.md").write_text("by hand")
-    fitted().save_pretrained(tmp_path / "full", card=card)
+    with pytest.warns(UserWarning, match=r"README\.md was there and stays as it is"):
+        fitted().save_pretrained(tmp_path / "full", card=card)
     assert (tmp_path / "full" / "README.md").read_text() == "by hand"
+    with warnings.catch_warnings():  # the same once more
+        warnings.simplefilter("error")
+        fitted().save_pretrained(tmp_path / "bare")
 
 
 def test_pushing_uploads_three_files(api: type[FakeApi], tmp_path: Path) -> None:
