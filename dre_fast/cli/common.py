@@ -111,8 +111,8 @@ def labelled_bags(args: argparse.Namespace) -> Cohort:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 slide``, ``2 slides``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """``1 slide``, ``2,000 slides``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def positive(text: str) -> int:

@@ -111,7 +111,7 @@ def with_folds(cohort: Cohort, tasks: Sequence[Task], *, folds: int | None, seed
     else:
         count = 5 if folds is None else folds
         if count < 2:
-            raise CohortError(f"{count} folds: cross-validation needs at least 2")
+            raise CohortError(f"{count} fold{'' if count == 1 else 's'}: cross-validation needs at least 2")
         part_of = deal_cases(cohort, [1 / count] * count, tasks, seed)
         found = Cohort(
             [replace(record, fold=part_of[record.case_id]) for record in cohort.records],

@@ -16,6 +16,7 @@ from mil_bags import ASSIGNMENTS, CODEWORDS, DIM, fitted, plain_logits
 pytest.importorskip("huggingface_hub", reason="needs huggingface_hub: pip install 'dre_fast[train]'")
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
+from safetensors.torch import load_file, save_file
 from train_cohort import tiny_config, write_cohort
 
 from dre_fast import ResidualMIL
@@ -185,6 +186,18 @@ def test_bad_folders_are_named(no_network: list[str], tmp_path: Path) -> None:
     for key, value in (("dim", -1), ("dropout", 3.0), ("head", "heavy"), ("width", 33)):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
         refused(tmp_path, r"config\.json: not the config of a dre_fast\.ResidualMIL")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "heads": 2 * config["heads"]})
+    )  # fits as well
+    refused(tmp_path, r"config\.json: heads is 8, and model\.safetensors was saved with 4")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")  # of an older version: no options in the header
+    assert ResidualMIL.from_pretrained(tmp_path).fitted
+    state["classifier.bias"][0] = float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    refused(tmp_path, r"model\.safetensors: classifier\.bias holds NaN or Inf")
+    (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused(tmp_path, r"config\.json: of model_type 'bert', not dre_fast\.ResidualMIL")
     (tmp_path / "config.json").write_text("{")
