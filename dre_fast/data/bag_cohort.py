@@ -233,9 +233,13 @@ def _say_missing(
 ) -> None:
     found = []
     if absent:
-        found.append(f"{len(absent)} {what} of {source} have no bag in {folder}: {_some(absent)}")
+        have = (
+            f"1 {what[:-1]} of {source} has" if len(absent) == 1 else f"{len(absent)} {what} of {source} have"
+        )
+        found.append(f"{have} no bag in {folder}: {_some(absent)}")
     if spare:
-        found.append(f"{len(spare)} bags of {folder} have no row in {source}: {_some(spare)}")
+        have = f"1 bag of {folder} has" if len(spare) == 1 else f"{len(spare)} bags of {folder} have"
+        found.append(f"{have} no row in {source}: {_some(spare)}")
     if found and not skip:
         raise CohortError(f"{'; '.join(found)}. Add them, or leave them out knowingly (--skip-missing)")
     for line in found:

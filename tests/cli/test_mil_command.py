@@ -137,7 +137,7 @@ def test_a_resumed_run_keeps_cohort_settings_and_bags(study, cv, tmp_path, capsy
     write_table(tmp_path / "labels.csv", rows)
     refused(f"slide {rows[3]['slide_id']!r}, column 'label'", "--resume")
     write_table(tmp_path / "labels.csv", rows[1:])
-    refused("have no row", "--resume")
+    refused("has no row", "--resume")
     refused("only in the cohort that the folds were made of", "--resume", "--skip-missing")
     write_table(tmp_path / "labels.csv", read(study / "labels.csv"))
     write_bag(tmp_path / "features", "P003-1", np.ones((9, 16), np.float32))
