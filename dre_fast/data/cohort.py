@@ -253,7 +253,7 @@ class Cohort:
 
         Raises:
             CohortError: no such column, a multiclass column with fewer than two values, or one with a value such as
-                "unknown" that would become a class.
+                "unknown" that would become a class, or with one class written in two ways.
         """
         self._check_columns(task.columns, task)
         if task.kind != "multiclass" or task.classes:
@@ -262,6 +262,14 @@ class Cohort:
         unclear = [value for value in classes if value.lower() in UNCLEAR]
         if unclear:
             raise self._unclear(task, classes, unclear)
+        first: dict[str | float, str] = {}
+        for value in classes:
+            other = first.setdefault(_alike(value), value)
+            if other != value:
+                raise CohortError(
+                    f"{self.source}, column {task.columns[0]!r}: {other!r} and {value!r} would be two classes of task "
+                    f"{task.name!r}; write them one way, or give the task its classes ([{', '.join(classes)}])"
+                )
         if len(classes) < 2:
             raise CohortError(
                 f"{self.source}, column {task.columns[0]!r}: task {task.name!r} needs at least two classes, "
@@ -328,6 +336,14 @@ class Cohort:
                     f"slide {record.slide_id!r} in {value!r} ({_row(record)}); "
                     f"all slides of a case belong to one {column}"
                 )
+
+
+def _alike(value: str) -> str | float:
+    """The same for ``LUAD`` and ``luad``, and for ``1`` and ``1.0``."""
+    try:
+        return float(value)
+    except ValueError:
+        return " ".join(value.casefold().split())
 
 
 def _row(record: SlideRecord) -> str:

@@ -355,3 +355,15 @@ def test_real_protein_changes(test_data, tmp_path):
     target = cohort.encode(Task("genes", "multilabel", columns=genes))
     assert int(target.isnan().sum()) == 21
     assert 0.5 < target[:, 5].nanmean() < 0.8  # TP53 in lung cancer
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [(("LUAD", "LUSC", "luad"), "'LUAD' and 'luad'"), (("1", "2", "1.0"), "'1' and '1.0'")],
+)
+def test_one_class_written_in_two_ways(values, said):
+    records = [SlideRecord(f"s{i}", f"c{i}", labels={"y": value}) for i, value in enumerate(values)]
+    cohort = Cohort(records, ("y",), "l.csv")
+    with pytest.raises(CohortError, match=rf"l\.csv, column 'y': {said} would be two classes of task 'y'"):
+        cohort.resolve(Task("y"))
+    assert cohort.resolve(Task("y", classes=values)).classes == values  # they are, if one says so

@@ -173,6 +173,14 @@ def test_files_that_are_no_such_model(tmp_path):
     save_model(tmp_path / "model.safetensors", {"a": torch.zeros(1)}, {"config": {}})
     with pytest.raises(ValueError, match="not a model of `dre-fast mil`"):
         load_mil(tmp_path)
+    for card in (
+        {},
+        {"settings": {"colour": 1}, "tasks": {}, "dim": 4},
+        {"settings": {"lr": -1}, "tasks": {}},
+    ):
+        save_model(tmp_path / "model.safetensors", {"a": torch.zeros(1)}, {"kind": "mil", **card})
+        with pytest.raises(ValueError, match=r"model\.safetensors: its card is not one that this version"):
+            load_mil(tmp_path)
 
 
 def test_bags_that_cannot_be_used_are_named(study, cohort, bags, tmp_path):
