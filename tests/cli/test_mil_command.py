@@ -352,3 +352,19 @@ def test_a_folder_that_cannot_be_is_said_before_bags_are_read(study, tmp_path, c
     monkeypatch.setattr("dre_fast.data.files.os.access", lambda *_: False)
     assert mil(study, tmp_path / "cv", *TASK) == 2
     assert f"{tmp_path} may not be written into" in capsys.readouterr().err
+
+
+def test_a_fold_without_labels_to_learn_from_is_said_before_bags_are_read(
+    study, tmp_path, capsys, monkeypatch
+):
+    rows = read(study / "labels.csv")
+    for row in rows:
+        row["gene"] = {"P001": "1", "P002": "0"}.get(row["case_id"], "")
+        row["fold"] = 0 if row["gene"] else 1 + int(row["case_id"][1:]) % 2
+    table = write_table(tmp_path / "labels.csv", rows)
+    monkeypatch.setattr("dre_fast.eval.mil.open_bags", None)
+    command = ["mil", str(study / "features"), str(table), "--out", str(tmp_path / "cv"), "--tasks", "gene"]
+    assert main(command) == 2
+    assert (
+        "fold 0: task 'gene', column 'gene': no training slide has a label; label" in capsys.readouterr().err
+    )
