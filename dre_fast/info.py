@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dre_fast.data.optional import as_installed
+
 
 @dataclass(frozen=True)
 class Package:
@@ -92,7 +94,7 @@ def remedy_of(module: str) -> str:
     top = module.partition(".")[0]
     for package, about in OPTIONAL.items():
         if about.module == top:
-            return EXTRAS[about.extra or package].remedy
+            return as_installed(EXTRAS[about.extra or package].remedy)
     return ""
 
 
@@ -198,7 +200,7 @@ def _extra(name: str, about: Extra) -> Line:
     if not missing:
         return Line(name, "complete" if len(packages) > 1 else "installed")
     what = "missing" if len(missing) == len(packages) else f"lacks {', '.join(missing)}"
-    return Line(name, what, f"{about.needed_by}: {about.remedy}")
+    return Line(name, what, f"{about.needed_by}: {as_installed(about.remedy)}")
 
 
 def _package(name: str, about: Package) -> Line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dre_fast.cli.common import add_model_and_slides, check_magnifications, positive
+from dre_fast.cli.common import add_model_and_slides, open_model_and_slides, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,23 +23,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dre_fast.data.cohort import Cohort
-    from dre_fast.train.build import slide_set
-    from dre_fast.train.checks import pick_device
-    from dre_fast.train.inference import load_run
     from dre_fast.train.top_tiles import write_sheets
 
-    loaded = load_run(args.model, pick_device(args.device))
-    check_magnifications(args.tiles, loaded.config)
     cohort = Cohort.read(args.cohort)
-    slides = slide_set(
-        cohort,
-        cohort.records,
-        args.tiles,
-        backend=args.backend,
-        mpp=args.mpp,
-        skip_untiled=args.skip_untiled,
-    )
-    loaded.check_tiles(slides)
+    loaded, slides = open_model_and_slides(args, cohort)
     for file in write_sheets(
         loaded, slides, args.out, count=args.count, per_slide=args.per_slide, chunk=args.chunk
     ):

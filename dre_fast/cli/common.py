@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dre_fast.data.cohort import Cohort
+    from dre_fast.train.build import SlideSet
     from dre_fast.train.config import Config
+    from dre_fast.train.inference import LoadedRun
 
 
 def add_model_and_slides(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +61,58 @@ def check_magnifications(folders: Sequence[str], trained: Config) -> None:
             f"the model was trained on tiles of {len(expected)} folders ({', '.join(expected)}): give --tiles "
             f"{len(expected)} times, one folder for each magnification, not {len(folders)} times"
         )
+
+
+def open_model_and_slides(args: argparse.Namespace, cohort: Cohort) -> tuple[LoadedRun, SlideSet]:
+    """The model and the tiled slides that the arguments of :func:`add_model_and_slides` name, fit for each other.
+
+    Args:
+        cohort: the slides wanted of ``args.cohort``.
+
+    Raises:
+        ValueError: another number of magnifications, or tiles of another scale, than the model was trained on; and as of
+            ``load_run`` and ``slide_set``.
+    """
+    from dre_fast.train.build import slide_set
+    from dre_fast.train.checks import pick_device
+    from dre_fast.train.inference import load_run
+
+    loaded = load_run(args.model, pick_device(args.device))
+    check_magnifications(args.tiles, loaded.config)
+    slides = slide_set(
+        cohort,
+        cohort.records,
+        args.tiles,
+        backend=args.backend,
+        mpp=args.mpp,
+        skip_untiled=args.skip_untiled,
+    )
+    loaded.check_tiles(slides)
+    return loaded, slides
+
+
+def labelled_bags(args: argparse.Namespace) -> Cohort:
+    """The cohort of the folder ``args.features`` and the table ``args.labels``, read as :func:`add_labels` says.
+
+    Raises:
+        ValueError: as of :func:`dre_fast.data.bag_cohort.bag_cohort`.
+    """
+    from dre_fast.data.bag_cohort import bag_cohort, yes_where_not
+
+    cohort = bag_cohort(
+        args.features,
+        args.labels,
+        slide_column=args.slide_column,
+        case_column=args.case_column,
+        missing=args.missing,
+        skip_missing=args.skip_missing,
+    )
+    return yes_where_not(cohort, args.negative) if args.negative else cohort
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 slide``, ``2,000 slides``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def positive(text: str) -> int:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dre_fast.cli.common import counted
+
 if TYPE_CHECKING:
     from dre_fast.data.cohort import Cohort
 
@@ -117,11 +119,15 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
     )
     embedded.save(out)
-    print(f"{len(embedded)} of {len(cohort.cases)} cases embedded, {embedded.dim} numbers each -> {out}")
+    print(
+        f"{len(embedded)} of {counted(len(cohort.cases), 'case')} embedded, {embedded.dim} numbers each -> {out}"
+    )
     if fitting and embedded.basis is not None:
         basis = out.with_suffix(".tfidf.safetensors")
         embedded.basis.save(basis)
-        print(f"fitted on the reports of {len(fit_on or reports)} cases; basis for later cohorts -> {basis}")
+        print(
+            f"fitted on the reports of {counted(len(fit_on or reports), 'case')}; basis for later cohorts -> {basis}"
+        )
     for note in embedded.details.get("notes", []):
         print(f"note: {note}", file=sys.stderr)
     if without:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dre_fast.cli.common import add_model_and_slides, check_magnifications
+from dre_fast.cli.common import add_model_and_slides, counted, open_model_and_slides
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,23 +28,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dre_fast.data.cohort import Cohort
-    from dre_fast.train.build import slide_set
     from dre_fast.train.checks import pick_device
-    from dre_fast.train.inference import encode_slides, load_run
+    from dre_fast.train.inference import encode_slides
 
     device = pick_device(args.device)
-    loaded = load_run(args.model, device)
-    check_magnifications(args.tiles, loaded.config)
     cohort = Cohort.read(args.cohort).subset(args.split)
-    slides = slide_set(
-        cohort,
-        cohort.records,
-        args.tiles,
-        backend=args.backend,
-        mpp=args.mpp,
-        skip_untiled=args.skip_untiled,
-    )
-    loaded.check_tiles(slides)
+    loaded, slides = open_model_and_slides(args, cohort)
 
     def autocast() -> contextlib.AbstractContextManager:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
@@ -52,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
 
     encoded = encode_slides(loaded.model, slides, loaded.tasks, chunk=args.chunk, autocast=autocast)
     encoded.save(args.out)
-    print(f"{len(slides)} slides, {sum(slides.tiles)} tiles -> {args.out}")
+    print(f"{counted(len(slides), 'slide')}, {counted(sum(slides.tiles), 'tile')} -> {args.out}")
     return 0

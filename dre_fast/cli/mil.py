@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from dre_fast.cli.common import add_judging, add_labels, positive, validation
+from dre_fast.cli.common import add_judging, add_labels, counted, labelled_bags, positive, validation
 
 if TYPE_CHECKING:
     from dre_fast.data.cohort import Cohort, Task
@@ -26,11 +26,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             "  dre-fast mil features labels.csv --out cv --tasks subtype genes=EGFR,TP53 --folds 10 --level patient\n"
             "  dre-fast mil features cbioportal.csv --out cv --tasks genes=EGFR,KRAS,TP53 --missing NS --skip-missing\n"
             "  dre-fast mil features labels.csv --out cv --survival os=OS_MONTHS,OS_STATUS\n"
+            "  dre-fast mil features labels.csv --out s0 --splits splits_0.csv             # one model on CLAM's splits\n"
             "  dre-fast mil-deploy cv other_features --labels other.csv --out other    # the saved models on new slides"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("features", help="folder of bags, one feature file a slide")
+    parser.add_argument("features", help="folder of bags, one feature file a slide, or a CSV of their paths")
     parser.add_argument(
         "labels", metavar="LABELS.csv", help="columns slide_id, case_id and labels; or a row a case"
     )
@@ -50,6 +51,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--folds",
         type=int,
         help="cross-validation with so many (default: those of the column `fold`, else 5), also with a column `split`",
+    )
+    parser.add_argument(
+        "--splits",
+        metavar="FILE",
+        help="one model on these splits: CLAM's splits_N.csv (columns train, val, test), or slide_id and split",
     )
     parser.add_argument(
         "--val",
@@ -100,7 +106,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dre_fast.data.bag_cohort import bag_cohort, yes_where_not
+    from dre_fast.data.split_files import with_splits
     from dre_fast.data.task_words import parse_tasks
     from dre_fast.eval.fold_scores import score_grid
     from dre_fast.eval.metrics import check_patient_labels, format_rows
@@ -123,18 +129,13 @@ def run(args: argparse.Namespace) -> int:
         amp=args.amp,
         seed=args.seed,
     )
-    cohort = bag_cohort(
-        args.features,
-        args.labels,
-        slide_column=args.slide_column,
-        case_column=args.case_column,
-        missing=args.missing,
-        skip_missing=args.skip_missing,
-    )
-    if args.negative:
-        cohort = yes_where_not(cohort, args.negative)
+    cohort = labelled_bags(args)
+    if args.splits and args.folds is not None:
+        raise ValueError("--splits trains one model on its splits, --folds one a fold; give one of them")
+    if args.splits:
+        cohort = with_splits(cohort, args.splits, skip_missing=args.skip_missing)
     tasks = parse_tasks(args.tasks, cohort, args.survival)
-    print(f"{len(cohort)} slides of {len(cohort.cases)} cases", file=sys.stderr)
+    print(f"{counted(len(cohort), 'slide')} of {counted(len(cohort.cases), 'case')}", file=sys.stderr)
     for task in tasks:
         print(f"task {task.name} ({task.kind}): {_counted(task, cohort)}", file=sys.stderr)
     if args.level == "patient":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dre_fast.cli.common import add_judging, add_labels
+from dre_fast.cli.common import add_judging, add_labels, counted, labelled_bags
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog="example: dre-fast mil-deploy cv other_features --labels other.csv --out other",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder that `dre-fast mil` wrote")
-    parser.add_argument("features", help="folder of bags, from the encoder of the training")
+    parser.add_argument(
+        "features", help="folder of bags, or a CSV of their paths, from the encoder of the training"
+    )
     parser.add_argument(
         "--labels", metavar="LABELS.csv", help="slides, cases and labels; without, every bag is predicted"
     )
@@ -29,26 +31,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dre_fast.data.bag_cohort import bag_cohort, cohort_of_bags, yes_where_not
+    from dre_fast.data.bag_cohort import cohort_of_bags
     from dre_fast.eval.fold_scores import score_grid
     from dre_fast.eval.mil_deploy import deploy
     from dre_fast.eval.protocols import Judging
 
-    if args.labels is None:
-        cohort = cohort_of_bags(args.features)
-    else:
-        cohort = bag_cohort(
-            args.features,
-            args.labels,
-            slide_column=args.slide_column,
-            case_column=args.case_column,
-            missing=args.missing,
-            skip_missing=args.skip_missing,
-        )
-    if args.negative:
-        cohort = yes_where_not(cohort, args.negative)
+    cohort = cohort_of_bags(args.features) if args.labels is None else labelled_bags(args)
     found = deploy(args.run_folder, cohort, args.out, Judging(args.level, args.bootstrap), device=args.device)
-    print(f"{len(cohort)} slides of {len(cohort.cases)} cases predicted")
+    print(f"{counted(len(cohort), 'slide')} of {counted(len(cohort.cases), 'case')} predicted")
     if found.scores:
         print(score_grid(found.scores, "averaged").text())
     for file in found.files:

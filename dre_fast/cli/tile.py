@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dre_fast.cli.common import counted
+
 if TYPE_CHECKING:
     from dre_fast.data.cohort_tiling import NamedSlide, TileResult
 
@@ -186,9 +188,10 @@ def _report(results: Sequence[TileResult], out: Path, summary: Path) -> None:
     done = [r for r in results if r.status in ("tiled", "reused")]
     reused = sum(r.status == "reused" for r in done)
     again = f" ({reused} from an earlier run)" if reused else ""
-    print(f"{len(done)} slides{again}, {sum(r.n_tiles for r in done):,} tiles -> {out}, summary {summary}")
+    tiles = sum(r.n_tiles for r in done)
+    print(f"{counted(len(done), 'slide')}{again}, {counted(tiles, 'tile')} -> {out}, summary {summary}")
     skipped = [r for r in results if r.status == "skipped"]
     if skipped:
-        print(f"skipped {len(skipped)} of {len(results)} slides:", file=sys.stderr)
+        print(f"skipped {len(skipped)} of {counted(len(results), 'slide')}:", file=sys.stderr)
         for result in skipped:
             print(f"  {result.slide_id}: {result.message}", file=sys.stderr)

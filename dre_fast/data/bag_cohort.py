@@ -38,10 +38,11 @@ def bag_cohort(
     which is the one whose id begins the name of the bag.
 
     A slide is found under its own name, without the suffix of a slide file, or, where no bag has that name, under the
-    one name that goes on with a dot behind it, as in ``TCGA-05-4244-01Z-00-DX1.D4FF32CD-....h5``.
+    one name that goes on with a dot behind it, as in ``TCGA-05-4244-01Z-00-DX1.D4FF32CD-....h5``; not with a number
+    alone, as in ``P1.2.h5``: that is another slide than P1.
 
     Args:
-        folder: of feature files, see :func:`dre_fast.data.bags.find_bags`.
+        folder: of feature files, or a table of their paths, see :func:`dre_fast.data.bags.find_bags`.
         labels: CSV.
         missing: label cells that mean "unknown", besides empty ones and NA; ``["NS"]`` for cBioPortal.
         skip_missing: leave out slides (or cases) without bag, and bags without row, with a warning.
@@ -190,7 +191,12 @@ def _bag_of(
     for exact in (record.slide_id, plain):
         if exact in files:
             return exact
-    longer = [name for name in of_stem.get(plain, ()) if name.startswith(f"{plain}.")]
+    longer = [
+        name
+        for name in of_stem.get(plain, ())
+        if name.startswith(f"{plain}.")
+        and not name[len(plain) + 1 :].isdecimal()  # P1.2 is another slide than P1
+    ]
     if len(longer) > 1:
         raise CohortError(
             f"{source}, row {record.row}: slide {record.slide_id!r} could be any of {len(longer)} bags, "
@@ -227,9 +233,13 @@ def _say_missing(
 ) -> None:
     found = []
     if absent:
-        found.append(f"{len(absent)} {what} of {source} have no bag in {folder}: {_some(absent)}")
+        have = (
+            f"1 {what[:-1]} of {source} has" if len(absent) == 1 else f"{len(absent)} {what} of {source} have"
+        )
+        found.append(f"{have} no bag in {folder}: {_some(absent)}")
     if spare:
-        found.append(f"{len(spare)} bags of {folder} have no row in {source}: {_some(spare)}")
+        have = f"1 bag of {folder} has" if len(spare) == 1 else f"{len(spare)} bags of {folder} have"
+        found.append(f"{have} no row in {source}: {_some(spare)}")
     if found and not skip:
         raise CohortError(f"{'; '.join(found)}. Add them, or leave them out knowingly (--skip-missing)")
     for line in found:

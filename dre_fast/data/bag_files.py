@@ -1,14 +1,14 @@
-"""The bags of a folder: which files they are, and which slide each belongs to."""
+"""The bags of a folder or a table: which files they are, and which slide each belongs to."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from dre_fast.data.bag_layouts import HDF5, is_zarr
+from dre_fast.data.bag_layouts import is_zarr
 from dre_fast.data.bag_rows import BagError
+from dre_fast.data.bag_tables import SUFFIXES, bags_of_table, is_table, slide_id_of
 
-SUFFIXES = (*HDF5, ".pt", ".npy")
 # Folders beside features that hold something else: TRIDENT's and CLAM's coordinates, torchmil's parts of a bag.
 NOT_BAGS = ("patches", "coords", "labels", "inst_labels", "patch_labels")
 
@@ -22,12 +22,15 @@ def find_bags(folder: str | os.PathLike[str], *, recursive: bool = False) -> dic
     coordinates, labels or slide embeddings (``slide_features_ENC``) are passed over.
 
     Args:
+        folder: or a CSV or TSV that names them by their paths, see :func:`dre_fast.data.bag_tables.bags_of_table`.
         recursive: look into all subfolders.
 
     Raises:
         BagError: no such folder, no bags in it (says what is), several encoders, or two bags of one slide (both named).
     """
     top = Path(folder)
+    if is_table(top):
+        return bags_of_table(top)
     if not top.is_dir():
         raise BagError(
             f"{top}: no such folder" if not top.exists() else f"{top}: not a folder; open_bag reads one bag"
@@ -54,13 +57,6 @@ def find_bags(folder: str | os.PathLike[str], *, recursive: bool = False) -> dic
     return dict(sorted(bags.items()))
 
 
-def slide_id_of(path: Path) -> str:
-    """The slide a bag belongs to, by its name: ``S1.h5`` and ``S1.zarr`` are of slide S1."""
-    name = path.name
-    known = path.suffix.lower() in (*SUFFIXES, ".zarr")
-    return name[: -len(path.suffix)] if known else name
-
-
 def _of_run(top: Path) -> list[Path]:
     here = _in_folder(top)
     if here:
@@ -74,8 +70,11 @@ def _of_run(top: Path) -> list[Path]:
     return _in_folder(encoders[0]) if encoders else []
 
 
-def _walk(top: Path) -> list[Path]:
-    found = _in_folder(top)
+def _walk(top: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    real = top.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return []
+    above, found = above | {real}, _in_folder(top)
     if (top / "h5_files").is_dir() and (top / "pt_files").is_dir():
         found += _clam(top)
     for sub in _subfolders(top):
@@ -85,7 +84,7 @@ def _walk(top: Path) -> list[Path]:
             and (top / "pt_files").is_dir()
         )
         if not clam and sub.name not in NOT_BAGS and not sub.name.startswith("slide_features_"):
-            found += _walk(sub)
+            found += _walk(sub, above)
     return found
 
 

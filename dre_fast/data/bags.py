@@ -7,7 +7,9 @@ dre_fast.fit_codebook(folder, 16)           # one bag in memory at a time
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +123,7 @@ class BagFolder(Mapping[str, Bag]):
     they read one piece of one bag at a time.
 
     Args:
-        folder: as for :func:`find_bags`, ``recursive`` too.
+        folder: or table, as for :func:`find_bags`, ``recursive`` too.
         ids: these slides only, in this order, e.g. those of the training split.
         mpp: microns per pixel of level 0, of all slides or by slide.
 
@@ -193,12 +195,20 @@ class BagFolder(Mapping[str, Bag]):
         if first is not None and bag.dim and bag.dim != first.dim:
             raise BagError(
                 f"{bag.path}: slide {slide_id} has D={bag.dim}, but slide {first.slide_id} ({first.path}) has "
-                f"D={first.dim}; a folder holds the features of one encoder"
+                f"D={first.dim}; a folder holds the features of one encoder ({self._counted()})"
             )
         if first is None and bag.dim:
             self._first = bag
         self._bags[slide_id] = bag
         return bag
+
+    def _counted(self) -> str:
+        """Which D how many bags have: who is the odd one."""
+        found: Counter[int] = Counter()
+        for slide_id, path in self.files.items():
+            with contextlib.suppress(BagError):
+                found[open_bag(path, slide_id=slide_id).dim] += 1
+        return ", ".join(f"D={dim} in {number}" for dim, number in found.most_common() if dim)
 
 
 def _chosen(folder: Path, files: Mapping[str, Path], ids: Iterable[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dre_fast.data.tables import CohortError, read_table
-from dre_fast.data.tasks import LabelError, Task, encode_task, sort_classes
+from dre_fast.data.tasks import UNCLEAR, LabelError, Task, encode_task, sort_classes
 
 __all__ = ["Cohort", "CohortError", "LabelError", "SlideRecord", "Task", "case_of"]
 
@@ -26,7 +26,8 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])")
+_NO_NAME = ("nan", "null", "<na>", "#n/a", "n/a")  # as ids they would make one slide, or one patient, of many
+_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.I)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Cohort:
         source: name for messages, the CSV's path when there is one.
 
     Raises:
-        CohortError: a repeated slide, or a case in two splits or two folds.
+        CohortError: a repeated slide, or a case in two splits or two folds, also one written in upper and in lower
+            case.
     """
 
     def __init__(
@@ -250,12 +252,24 @@ class Cohort:
         """``task`` with its columns checked and, when multiclass without classes, those of its column.
 
         Raises:
-            CohortError: no such column, or a multiclass column with fewer than two values.
+            CohortError: no such column, a multiclass column with fewer than two values, or one with a value such as
+                "unknown" that would become a class, or with one class written in two ways.
         """
         self._check_columns(task.columns, task)
         if task.kind != "multiclass" or task.classes:
             return task
         classes = self.label_values(task.columns[0])
+        unclear = [value for value in classes if value.lower() in UNCLEAR]
+        if unclear:
+            raise self._unclear(task, classes, unclear)
+        first: dict[str | float, str] = {}
+        for value in classes:
+            other = first.setdefault(_alike(value), value)
+            if other != value:
+                raise CohortError(
+                    f"{self.source}, column {task.columns[0]!r}: {other!r} and {value!r} would be two classes of task "
+                    f"{task.name!r}; write them one way, or give the task its classes ([{', '.join(classes)}])"
+                )
         if len(classes) < 2:
             raise CohortError(
                 f"{self.source}, column {task.columns[0]!r}: task {task.name!r} needs at least two classes, "
@@ -282,6 +296,17 @@ class Cohort:
         """Task name -> targets of all slides; see :meth:`encode`."""
         return {task.name: self.encode(task) for task in tasks}
 
+    def _unclear(self, task: Task, classes: Sequence[str], unclear: Sequence[str]) -> CohortError:
+        """Values that a class would be made of, though they seem to say that there is no label."""
+        column = task.columns[0]
+        slides = sum(record.labels[column] in unclear for record in self.records)
+        return CohortError(
+            f"{self.source}, column {column!r}: {' and '.join(map(repr, unclear))} ({slides} of {len(self)} slides) "
+            f"would be classes of task {task.name!r}. If such a label is missing, list the word among the missing values "
+            f"(--missing {' '.join(map(repr, unclear))}, or data.missing_values of a run); if it is a class, give "
+            f"the task its classes ([{', '.join(classes)}])"
+        )
+
     def _check_columns(self, columns: Sequence[str], task: Task | None = None) -> None:
         for column in columns:
             if column not in self.label_names:
@@ -297,7 +322,13 @@ class Cohort:
             value = getattr(record, column)
             if value is None:
                 continue
-            other = first.setdefault(record.case_id, record)
+            other = first.setdefault(record.case_id.casefold(), record)
+            if getattr(other, column) != value and other.case_id != record.case_id:
+                raise CohortError(
+                    f"{self.source}, column {column!r}: cases {other.case_id!r} ({_row(other)}, in "
+                    f"{getattr(other, column)!r}) and {record.case_id!r} ({_row(record)}, in {value!r}) "
+                    "differ in upper and lower case alone; write one patient one way, two patients clearly apart"
+                )
             if getattr(other, column) != value:
                 raise CohortError(
                     f"{self.source}, column {column!r}: case {record.case_id!r} is in two {column}s: "
@@ -305,6 +336,14 @@ class Cohort:
                     f"slide {record.slide_id!r} in {value!r} ({_row(record)}); "
                     f"all slides of a case belong to one {column}"
                 )
+
+
+def _alike(value: str) -> str | float:
+    """The same for ``LUAD`` and ``luad``, and for ``1`` and ``1.0``."""
+    try:
+        return float(value)
+    except ValueError:
+        return " ".join(value.casefold().split())
 
 
 def _row(record: SlideRecord) -> str:
@@ -347,6 +386,12 @@ def _record(
     slide_id = values["slide_id"]
     if slide_id is None:
         raise fault("slide_id", "empty; every row needs one")
+    for column in ("slide_id", "case_id"):
+        if (values.get(column) or "").lower() in _NO_NAME:
+            raise fault(
+                column,
+                f"{values[column]!r} stands for a missing value; write the name, or leave an unknown case empty",
+            )
     if "/" in slide_id or "\\" in slide_id or slide_id.startswith("."):
         raise fault(
             "slide_id", f"{slide_id!r} is not usable as a file name; the slide file belongs in column 'path'"

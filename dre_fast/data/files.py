@@ -38,6 +38,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_folder(final.parent)
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written into, before the work whose results go there. Makes nothing.
+
+    Raises:
+        ValueError: names the folder, or the one above it that is in the way.
+    """
+    there = Path(folder)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(
+            f"{folder}: {there} is no folder, so nothing can be written there; name another folder"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{folder}: {there} may not be written into; name another folder, or change its rights"
+        )
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 ``text`` to ``path`` with Unix line ends: all of it or nothing."""
     with atomic_path(path) as temporary:

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from pathlib import Path
 from typing import Any
+
+
+def as_installed(command: str) -> str:
+    """A pip command for an extra of dre_fast, as it works here: sources used without being installed have no name.
+
+    ``pip install 'dre_fast[zarr]'`` becomes ``pip install '.[zarr]' in FOLDER`` there.
+    """
+    try:
+        importlib.metadata.version("dre_fast")
+    except importlib.metadata.PackageNotFoundError:
+        if "'dre_fast[" in command:
+            found = command.replace("'dre_fast[", "'.[")
+            return f"{found} in {Path(__file__).parents[2]}"
+    return command
 
 
 def need(module: str, extra: str) -> Any:
@@ -15,7 +31,7 @@ def need(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = module.partition(".")[0]
+        name, remedy = module.partition(".")[0], f"pip install 'dre_fast[{extra}]'"
         raise ModuleNotFoundError(
-            f"this needs {name}, which does not import ({error}): pip install 'dre_fast[{extra}]'", name=name
+            f"this needs {name}, which does not import ({error}): {as_installed(remedy)}", name=name
         ) from error

@@ -32,7 +32,8 @@ def parse_tasks(words: Sequence[str] | None, cohort: Cohort, survival: Sequence[
         survival: each ``NAME=TIME,EVENT``, with Cox's loss.
 
     Raises:
-        CohortError: no such column. ValueError: a word that is no task, or two tasks of one name.
+        CohortError: no such column, or a yes-or-no column that says only one of them.
+        ValueError: a word that is no task, or two tasks of one name.
     """
     if words is None and not survival:
         usable = [name for name in cohort.label_names if len(cohort.label_values(name)) > 1]
@@ -54,7 +55,13 @@ def parse_tasks(words: Sequence[str] | None, cohort: Cohort, survival: Sequence[
         raise ValueError(f"two tasks are called {twice!r}")
     found = [cohort.resolve(task) for task in tasks]
     for task in found:
-        cohort.encode(task)  # labels that cannot be read are named now
+        target = cohort.encode(task)  # labels that cannot be read are named now
+        if task.kind == "binary" and len(target[~target.isnan()].unique()) < 2:
+            values = ", ".join(map(repr, cohort.label_values(task.columns[0]))) or "no label"
+            raise CohortError(
+                f"{cohort.source}, column {task.columns[0]!r}: task {task.name!r} needs slides of both kinds, and all "
+                f"say {values}; add slides of the other kind, or name another column"
+            )
     return found
 
 

@@ -21,6 +21,25 @@ POSITIVE = frozenset(
     {"1", "1.0", "true", "t", "yes", "y", "mut", "mutant", "mutated", "mutation", "positive", "pos"}
     | {"tumor", "tumour", "cancer", "malignant", "present"}
 )
+# What tables write where a label is missing, and what may also be the name of a class.
+UNCLEAR = frozenset(
+    {
+        "nan",
+        "n/a",
+        "n.a.",
+        "#n/a",
+        "<na>",
+        "null",
+        "none",
+        "unknown",
+        "unk",
+        "missing",
+        "not available",
+        "not reported",
+    }
+    | {"not applicable", "not evaluated", "not done", "[not available]", "[unknown]", "[not evaluated]"}
+    | {"[not applicable]", "[discrepancy]", "-", "--", "'--", "?", "."}
+)
 ALIVE = frozenset({"alive", "living", "censored"})
 DEAD = frozenset({"dead", "deceased", "died", "event"})
 # cBioPortal: "1:DECEASED", "0:LIVING", "1:Recurred/Progressed", "0:DiseaseFree"
@@ -242,7 +261,8 @@ def encode_task(task: Task, slide_ids: Sequence[str], labels: Sequence[dict[str,
             if value is not None and value not in index:
                 raise LabelError(
                     f"slide {slide_id!r}, column {column!r}: {value!r} is not a class of task {task.name!r} "
-                    f"(classes: {', '.join(task.classes)})"
+                    f"(classes: {', '.join(task.classes)}); if it means that the label is missing, list it among the "
+                    "cohort's missing values"
                 )
             codes.append(-1 if value is None else index[value])
         return torch.tensor(codes, dtype=torch.int64)

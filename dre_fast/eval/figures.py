@@ -33,7 +33,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 110) -> Path:
-    """Writes a figure to `path` (format by suffix), whole or not at all; returns the path."""
+    """Writes a figure to `path` (format by suffix), whole or not at all; returns the path.
+
+    Names of slides, tasks and runs are shown as they are: matplotlib would set what stands between two dollar signs as a
+    formula, or fail. Numbers at the axes are left alone.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault"):
+            text.set_parse_math(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
     return Path(path)

@@ -111,7 +111,7 @@ def with_folds(cohort: Cohort, tasks: Sequence[Task], *, folds: int | None, seed
     else:
         count = 5 if folds is None else folds
         if count < 2:
-            raise CohortError(f"{count} folds: cross-validation needs at least 2")
+            raise CohortError(f"{count} fold{'' if count == 1 else 's'}: cross-validation needs at least 2")
         part_of = deal_cases(cohort, [1 / count] * count, tasks, seed)
         found = Cohort(
             [replace(record, fold=part_of[record.case_id]) for record in cohort.records],
@@ -224,18 +224,20 @@ def refuse_overlap(cohort: Cohort, other: Cohort) -> None:
     Raises:
         CohortError: names the first that is in both.
     """
-    cases, slides = set(cohort.cases), set(cohort.ids)
+    cases, slides = {case.casefold() for case in cohort.cases}, set(cohort.ids)
     files = {_real(record) for record in cohort.records} - {None}
     for record in other.records:
         for shared, what in (
-            (record.case_id in cases, f"case {record.case_id!r}"),
+            (record.case_id.casefold() in cases, f"case {record.case_id!r}"),
             (record.slide_id in slides, "this slide"),
             (_real(record) in files, f"its file {record.path}"),
         ):
             if shared:
+                where = "" if record.row is None else f", row {record.row}"
                 raise CohortError(
-                    f"{other.source}, row {record.row}, slide {record.slide_id!r}: {what} is in {cohort.source}, too, "
-                    "so models have trained on it; take it out of one of them"
+                    f"{other.source}{where}, slide {record.slide_id!r}: {what} is in {cohort.source}, too, "
+                    "so models have trained on it; take it out of one of them, or give it a name of its own where it is "
+                    "another one"
                 )
 
 

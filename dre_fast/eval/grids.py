@@ -16,25 +16,31 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: names of its columns, and rows of as many cells; None is an empty cell."""
+    """A table: names of its columns, and rows of as many cells; None is an empty cell.
+
+    What is made for people leaves out columns without a filled cell; the CSV keeps them.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
     def text(self) -> str:
         """For the terminal: columns aligned, numbers with three decimals."""
-        lines = [list(self.header), *([show(cell) for cell in row] for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        lines = self._filled()
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
     def markdown(self) -> str:
         """As a table in Markdown, numbers with three decimals."""
-        lines = [
-            self.header,
-            ["---"] * len(self.header),
-            *([show(cell) for cell in row] for row in self.rows),
-        ]
+        header, *rows = self._filled()
+        lines = [header, ["---"] * len(header), *rows]
         return "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
+
+    def _filled(self) -> list[list[str]]:
+        """Header and rows as text, without empty columns."""
+        rows = [[show(cell) for cell in row] for row in self.rows]
+        kept = [i for i in range(len(self.header)) if not rows or any(row[i] for row in rows)]
+        return [[line[i] for i in kept] for line in (self.header, *rows)]
 
     def write(self, stem: str | os.PathLike[str]) -> list[Path]:
         """Writes ``stem.csv`` (six significant digits) and ``stem.md``; returns their paths."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from dre_fast.data.bag_cohort import refuse_shared_file, refuse_shared_report
 from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
-from dre_fast.data.files import write_text_atomic
+from dre_fast.data.files import check_writable, write_text_atomic
 from dre_fast.eval.fold_scores import (
     FoldScore,
     fold_scores,
@@ -50,7 +51,7 @@ from dre_fast.eval.mil_folder import (
 from dre_fast.eval.predictions_csv import write_predictions
 from dre_fast.eval.protocols import Judging
 from dre_fast.train.bag_set import BagSet
-from dre_fast.train.checks import pick_device
+from dre_fast.train.checks import check_targets, pick_device
 from dre_fast.train.cost import cost_of_features, read_cost, together, write_cost
 from dre_fast.train.mil import TrainedMIL, train_mil
 from dre_fast.train.mil_files import save_mil
@@ -96,6 +97,7 @@ class MILCrossValidation:
         self.out, self.settings, self.validation = Path(out), settings or MILSettings(), validation
         self.device = pick_device(device)
         self.tasks = list(tasks)
+        check_writable(self.out)
         began = began_in(self.out, FOLDS, resume)
         columns = columns_of(self.tasks)
         if began:
@@ -111,6 +113,7 @@ class MILCrossValidation:
         self._rounds = {
             fold: self._split(fold) for fold in self.folds
         }  # all of them before anything is written
+        self._check_labels()
         self.bags = open_bags(cohort, self.settings, memory_gb)
         if began:
             check_same_bags(self.bags, self.out / BAGS)
@@ -168,6 +171,20 @@ class MILCrossValidation:
         judge_calibration(pooled, self.cohort, how, self.out)
         return scores
 
+    def _check_labels(self) -> None:
+        """Refuse a fold that cannot learn now, rather than after the training of those before it."""
+        targets = self.cohort.encode_labels(self.tasks)
+        for fold, splits in self._rounds.items():
+            train = [i for i, record in enumerate(splits.records) if record.split == "train"]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # they are said at the fold's training
+                    check_targets(self.tasks, {name: target[train] for name, target in targets.items()}, None)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.cohort.source}, fold {fold}: {error}; label more cases, or leave the task out"
+                ) from None
+
     def _split(self, fold: int) -> Cohort:
         return split_for(self.cohort, fold, self.validation, self.tasks, self.settings.seed)
 
@@ -194,6 +211,7 @@ def train_on_splits(
         ValueError: as of :class:`MILCrossValidation`, or no slide is in the train split.
     """
     out, settings, how, tasks = Path(out), settings or MILSettings(), how or Judging(), list(tasks)
+    check_writable(out)
     began_in(out, SPLITS, False)
     cohort = cohort.subset(list(cohort.splits) or ["train"])
     cohort.subset("train")

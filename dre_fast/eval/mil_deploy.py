@@ -9,16 +9,27 @@ from typing import Any
 
 from dre_fast.data.cohort import Cohort
 from dre_fast.data.embeddings import SlideEmbeddings
+from dre_fast.data.files import check_writable
 from dre_fast.eval.fold_scores import FoldScore, average_predictions, fold_scores, score_grid
 from dre_fast.eval.folds import fold_numbers, refuse_overlap
 from dre_fast.eval.metrics import check_patient_labels
-from dre_fast.eval.mil_folder import FOLDS, SPLITS, judge_calibration, judged_rows, refuse_seen, trained_on
+from dre_fast.eval.mil_folder import (
+    FOLDS,
+    SETTINGS,
+    SPLITS,
+    judge_calibration,
+    judged_rows,
+    refuse_seen,
+    trained_on,
+)
 from dre_fast.eval.predictions_csv import write_predictions
 from dre_fast.eval.protocols import Judging
 from dre_fast.train.bag_set import BagSet
 from dre_fast.train.checks import pick_device
 from dre_fast.train.mil import TrainedMIL
 from dre_fast.train.mil_files import MODEL, load_mil
+
+AVERAGED = "averaged.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,11 @@ def deploy(
         cohort: of ``bag_cohort`` or ``cohort_of_bags``; tasks whose columns it lacks are not judged.
 
     Raises:
-        ValueError: no models there, a case, slide or bag that they were trained on, bags of another D, or labels that
-            they do not know.
+        ValueError: no models there, a case, slide or bag that they were trained on, bags of another D, labels that
+            they do not know, or ``out`` holds a run, or the predictions for a cohort, already.
     """
     run, out, how = Path(run), Path(out), how or Judging()
+    _refuse_used(out)
     models = _models_of(run, pick_device(device))
     refuse_overlap(trained_on(run), cohort)
     tasks = next(iter(models.values())).tasks
@@ -71,7 +83,7 @@ def deploy(
         parts[number] = model.predict(bags)
         parts[number].save(out / f"fold-{number}.safetensors")
     averaged = average_predictions(list(parts.values()))
-    averaged.save(out / "averaged.safetensors")
+    averaged.save(out / AVERAGED)
     files = [write_predictions(averaged, cohort, out / "predictions.csv")]
     scores: list[FoldScore] = []
     if judged:
@@ -83,6 +95,17 @@ def deploy(
         files += score_grid(scores, "averaged").write(out / "scores")
         files += judge_calibration(averaged, cohort, how, out, names)
     return Deployed(averaged, scores, files)
+
+
+def _refuse_used(out: Path) -> None:
+    """A run keeps its predictions and scores, and those of two cohorts are not mixed in one folder."""
+    check_writable(out)
+    for name, what in (
+        *((name, "a run of `dre-fast mil`") for name in (FOLDS, SPLITS, SETTINGS)),
+        (AVERAGED, "predictions of `dre-fast mil-deploy`"),
+    ):
+        if (out / name).exists():
+            raise ValueError(f"{out} already holds {what} ({name}); name another folder with --out")
 
 
 def _models_of(run: Path, device: Any) -> dict[int, TrainedMIL]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def write_predictions(
     """Writes slide_id, case_id, ``extra`` columns (name -> slide -> value), and for every task labels and predictions.
 
     Columns of a task: ``label_COLUMN``, the cell of the cohort, where it has one; ``p_TASK_CLASS``, probability of a
-    class, or ``p_COLUMN``, of the yes of a column; survival: ``risk_TASK``, higher = earlier.
+    class, or ``p_COLUMN``, of the yes of a column (``p_TASK_COLUMN`` where two tasks read it); survival: ``risk_TASK``,
+    higher = earlier.
     """
     header = ["slide_id", "case_id", *(extra or {})]
     columns: list[list[object]] = [
@@ -32,14 +34,16 @@ def write_predictions(
         [cohort[slide].case_id for slide in predictions.slide_ids],
         *([values[slide] for slide in predictions.slide_ids] for values in (extra or {}).values()),
     ]
-    for name, logits in predictions.logits.items():
-        task = Task.from_card(name, predictions.tasks[name])
+    tasks = {name: Task.from_card(name, predictions.tasks[name]) for name in predictions.logits}
+    said = {name: _said(task, predictions.logits[name].double()) for name, task in tasks.items()}
+    often = Counter(title for own in said.values() for title, _ in own)
+    for name, task in tasks.items():
         for column in task.columns:
             if column in cohort.label_names and f"label_{column}" not in header:
                 header.append(f"label_{column}")
                 columns.append([cohort[slide].labels[column] for slide in predictions.slide_ids])
-        for title, values in _said(task, logits.double()):
-            header.append(title)
+        for title, values in said[name]:
+            header.append(title if often[title] == 1 else f"p_{name}_{title.removeprefix('p_')}")
             columns.append([f"{value:.6g}" for value in values.tolist()])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dre_fast.data.bag_cohort import refuse_shared_report
 from dre_fast.data.cohort import Cohort, Task
 from dre_fast.data.embeddings import SlideEmbeddings
 from dre_fast.data.files import write_text_atomic
@@ -141,6 +142,7 @@ class CrossValidation:
             self.cohort = frozen_folds(cohort, file, columns, folds=folds)
         else:
             self.cohort = with_folds(cohort, self.tasks, folds=folds, seed=config.run.seed)
+        refuse_shared_report(self.cohort, "fold")
         self.folds = fold_numbers(self.cohort)
         rounds = {fold: self._split(fold) for fold in self.folds}  # all of them before anything is written
         write_text_atomic(self.out / PROTOCOL, json.dumps({"validation": self.validation}) + "\n")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dre_fast.data.files import write_text_atomic
+from dre_fast.eval.grids import Grid
 
 HEADER = ("task", "column", "metric", "value", "low", "high", "level", "samples", "cases", "note")
 SHOWN = ("task", "column", "metric", "value", "interval", "samples", "note")
@@ -44,7 +45,7 @@ class MetricRow:
 
 def format_rows(rows: Sequence[MetricRow]) -> str:
     """The rows as a text table for the terminal."""
-    return _aligned([SHOWN, *(shown(row) for row in rows)])
+    return Grid(SHOWN, [shown(row) for row in rows]).text()
 
 
 def write_tables(rows: Sequence[MetricRow], stem: str | os.PathLike[str]) -> list[Path]:
@@ -59,11 +60,8 @@ def write_tables(rows: Sequence[MetricRow], stem: str | os.PathLike[str]) -> lis
         values = asdict(row)
         writer.writerow([_plain(values[name]) for name in HEADER])
     write_text_atomic(files[0], text.getvalue())
-    header = tuple(name.capitalize() for name in SHOWN)
-    lines = [header, tuple("---" for _ in header), *(shown(row) for row in rows)]
-    write_text_atomic(
-        files[1], "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
-    )
+    header = [name.capitalize() for name in SHOWN]
+    write_text_atomic(files[1], Grid(header, [shown(row) for row in rows]).markdown())
     write_text_atomic(files[2], json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return files
 
@@ -92,10 +90,7 @@ def shown(row: MetricRow) -> tuple[str, ...]:
     """Its cells for people, under the header :data:`SHOWN`."""
     value = "undefined" if row.value is None else f"{row.value:.3f}"
     interval = "" if row.low is None or row.high is None else f"{row.low:.3f} - {row.high:.3f}"
-    samples = f"{row.samples} {row.level}s" + (f" of {row.cases} cases" if row.cases != row.samples else "")
+    samples = f"{row.samples} {row.level}{'s' if row.samples != 1 else ''}" + (
+        f" of {row.cases} case{'s' if row.cases != 1 else ''}" if row.cases != row.samples else ""
+    )
     return (row.task, row.column or "", row.metric, value, interval, samples, row.note)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ PathLike = str | os.PathLike[str]
 Model = TypeVar("Model", bound=ResidualMIL)
 
 _hub: Any = need("huggingface_hub", "train")
+_SAVED_WITH = "dre_fast.ResidualMIL"  # key in the header of the weights: the options again
 # "owner/name" or "name", as the Hub allows them
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Where files of the machine that trained it lie is of no use elsewhere, and may tell more than it should.
@@ -99,7 +101,7 @@ def from_pretrained(
     config = _read_config(folder, MIL)
     try:
         model = cls(**config)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG}: not the config of a {MIL} ({error})") from error
     tensors = need("safetensors", "train")
     try:
@@ -112,7 +114,24 @@ def from_pretrained(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from error
+    _check_whole(folder, model.options, state)
     return model.to(device).eval()
+
+
+def _check_whole(folder: Path, options: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """What loads without a fault and yet is not what was saved: numbers that are none, options of another model."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; save or fetch the model again")
+    with need("safetensors", "train").safe_open(str(folder / WEIGHTS), "pt") as file:
+        saved = (file.metadata() or {}).get(_SAVED_WITH)
+    before = options if saved is None else json.loads(saved)  # older files do not say
+    for key, value in options.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{folder / CONFIG}: {key} is {value!r}, and {WEIGHTS} was saved with "
+                f"{before.get(key)!r}; fetch both again"
+            )
 
 
 def export_run(
@@ -242,7 +261,8 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
 def _write_mil(model: ResidualMIL, folder: Path, card: Card | None, repo: str | None = None) -> None:
     if not model.fitted:
         raise ValueError("save_pretrained: the codebook is not fitted; call model.fit_codebook(bags) first")
-    write_tensors(folder / WEIGHTS, model.state_dict())
+    options = json.dumps(model.options, sort_keys=True)
+    write_tensors(folder / WEIGHTS, model.state_dict(), {_SAVED_WITH: options})
     write_text_atomic(folder / CONFIG, json.dumps({"model_type": MIL, **model.options}, indent=2) + "\n")
     usage = (
         "from dre_fast import ResidualMIL\n"
@@ -254,9 +274,15 @@ def _write_mil(model: ResidualMIL, folder: Path, card: Card | None, repo: str | 
 
 
 def _write_card(folder: Path, text: str) -> None:
-    """A card that is there stays: its owner may have written into it."""
-    if not (folder / README).exists():
-        write_text_atomic(folder / README, text)
+    """A card that is there stays, with a warning where it says something else: its owner may have written into it."""
+    card = folder / README
+    if not card.exists():
+        write_text_atomic(card, text)
+    elif card.read_text(encoding="utf-8") != text:
+        warnings.warn(
+            f"{card} was there and stays as it is: it may speak of another model; delete it to have it written anew",
+            stacklevel=2,
+        )
 
 
 def _facts_of_run(run: Path, card: Card, scores: PathLike | None) -> Card:

@@ -49,7 +49,7 @@ class ResidualMILModule(_lightning.LightningModule):  # type: ignore[misc]
     """Trains a :class:`~dre_fast.ResidualMIL` in Lightning: ``Trainer().fit(ResidualMILModule(model), loader)``.
 
     Logs ``train_loss``, ``val_loss`` and, where it is defined, ``val_auc`` (several classes: the mean of one against the
-    rest); with several processes the mean over theirs. Fit the codebook before: ``model.fit_codebook(bags)``.
+    rest), of the bags of all processes together. Fit the codebook before: ``model.fit_codebook(bags)``.
 
     Args:
         model: the model. None: a new one of ``options``, as ``load_from_checkpoint`` makes it.
@@ -102,9 +102,14 @@ class ResidualMILModule(_lightning.LightningModule):  # type: ignore[misc]
         self._judged.append((logits.float().cpu(), batch.target.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        logits, target = (torch.cat(parts) for parts in zip(*self._judged))
-        self._judged.clear()
+        judged, self._judged = self._judged, []
         several = self.trainer.world_size > 1
+        if several:
+            # not each process its own score: where one has no bag of a class, there is none to take the mean of
+            everywhere: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everywhere, judged)
+            judged = [pair for own in everywhere for pair in own]
+        logits, target = (torch.cat(parts) for parts in zip(*judged))
         self.log("val_loss", self._loss(logits, target), prog_bar=True, sync_dist=several)
         score = auc("binary" if self.model.classes == 1 else "multiclass", logits, target)
         if score is not None:

@@ -52,7 +52,7 @@ class ResidualSTAMP(nn.Module):
 
         Args:
             coords: [B, N, 2]; positions do not enter the encoding.
-            mask: bool [B, N], True = padded.
+            mask: [B, N], True or nonzero = padded.
         """
         return self.mil(bags, mask=_valid(bags, mask))  # type: ignore[no-any-return]
 
@@ -62,4 +62,4 @@ class ResidualSTAMP(nn.Module):
 
 
 def _valid(bags: Tensor, padded: Tensor | None) -> Tensor:
-    return (bags != 0).any(-1) if padded is None else ~padded
+    return (bags != 0).any(-1) if padded is None else ~padded.bool()

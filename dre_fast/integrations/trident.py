@@ -73,6 +73,7 @@ def export_slide_features(
     Raises:
         FileNotFoundError: no ``*.h5`` in the folder.
         ValueError: a file without ``features`` or ``coords``, or features that the model cannot take; the file is named.
+            Or ``saveto`` is the folder of the tile features, which would be lost.
         ImportError: h5py is missing; says how to get it.
     """
     h5py = need("h5py", "wsi")
@@ -80,6 +81,11 @@ def export_slide_features(
     if not sources:
         raise FileNotFoundError(
             f"{os.fspath(patch_features)}: no .h5 file; name TRIDENT's folder features_ENCODER"
+        )
+    if Path(saveto).resolve() == Path(patch_features).resolve():
+        raise ValueError(
+            f"{os.fspath(saveto)}: holds the tile features, whose files would be overwritten; save slide features to "
+            f"another folder, slide_features_{encoder.enc_name}"
         )
     encoder.eval()
     written = []

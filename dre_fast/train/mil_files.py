@@ -46,9 +46,14 @@ def load_mil(path: str | Path, device: str | torch.device = "cpu") -> TrainedMIL
         raise ValueError(
             f"{file}: not a model of `dre-fast mil` (models of `dre-fast train`: dre-fast encode)"
         )
-    settings = MILSettings(**card["settings"])
-    tasks = [Task.from_card(name, said) for name, said in card["tasks"].items()]
-    model = settings.build(card["dim"], sum(task.outputs for task in tasks))
+    try:
+        settings = MILSettings(**card["settings"])
+        tasks = [Task.from_card(name, said) for name, said in card["tasks"].items()]
+        model = settings.build(card["dim"], sum(task.outputs for task in tasks))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: its card is not one that this version of dre_fast reads ({type(error).__name__}: {error})"
+        ) from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

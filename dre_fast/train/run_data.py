@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dre_fast.data.bag_cohort import refuse_shared_report
 from dre_fast.data.cohort import Cohort, SlideRecord, Task
 from dre_fast.train.build import Reports, SlideSet, load_reports, slide_set
 from dre_fast.train.checks import check_labels, data_fingerprint, split_records
@@ -32,14 +33,16 @@ class RunData:
         steps: of an epoch.
 
     Raises:
-        ValueError: bad cohort, tiles or reports (named); no report for any training case; fewer tiles than codewords;
-            shards that the processes cannot share out.
+        ValueError: bad cohort, tiles or reports (named); one report text under two cases in different splits; no
+            report for any training case; fewer tiles than codewords; shards that the processes cannot share out.
     """
 
     def __init__(self, config: Config, group: Group) -> None:
         data, loss = config.data, config.loss
         cohort = Cohort.read(data.cohort, missing_values=data.missing_values)
         train, val = split_records(cohort, data)
+        if data.train_split is not None:
+            refuse_shared_report(cohort, "split")
         self.tasks = [
             cohort.resolve(
                 Task(task.name, task.kind, tuple(task.classes), tuple(task.columns), task.method, task.bins)

@@ -14,6 +14,7 @@ import torch
 
 from dre_fast import info
 from dre_fast.cli import COMMANDS, main
+from dre_fast.data.optional import need
 from dre_fast.ops import native
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +174,12 @@ def test_embedding_reports_needs_no_wsi_extra(monkeypatch, tmp_path, capsys):
     )
     arguments = ["embed-reports", str(tmp_path / "cohort.csv"), "--out", str(tmp_path / "r.safetensors")]
     assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_sources_that_are_not_installed_have_no_name(monkeypatch):
+    hide(monkeypatch, "dre_fast", "zarr")
+    root = Path(info.__file__).parents[1]
+    assert line("extras", "zarr").remedy.endswith(f": pip install '.[zarr]' in {root}")
+    assert info.remedy_of("zarr") == f"pip install '.[zarr]' in {root}"
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[zarr\]' in "):
+        need("zarr", "zarr")

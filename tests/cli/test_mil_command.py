@@ -137,7 +137,7 @@ def test_a_resumed_run_keeps_cohort_settings_and_bags(study, cv, tmp_path, capsy
     write_table(tmp_path / "labels.csv", rows)
     refused(f"slide {rows[3]['slide_id']!r}, column 'label'", "--resume")
     write_table(tmp_path / "labels.csv", rows[1:])
-    refused("have no row", "--resume")
+    refused("has no row", "--resume")
     refused("only in the cohort that the folds were made of", "--resume", "--skip-missing")
     write_table(tmp_path / "labels.csv", read(study / "labels.csv"))
     write_bag(tmp_path / "features", "P003-1", np.ones((9, 16), np.float32))
@@ -179,6 +179,30 @@ def test_one_model_on_given_splits(study, tmp_path, capsys):
     for row in rows:
         row["fold"] = "0" if row["split"] == "train" else "1"
     refused("has both a column 'split' and a column 'fold'")
+
+
+def test_splits_of_clam(study, tmp_path, capsys):
+    parts = {"train": [], "val": [], "test": []}
+    for row in read(study / "labels.csv"):
+        number = int(row["case_id"][1:])
+        parts["train" if number < 28 else "val" if number < 36 else "test"].append(row["slide_id"])
+    lines = [
+        {"": i, **{name: (slides[i : i + 1] or [""])[0] for name, slides in parts.items()}}
+        for i in range(len(parts["train"]))
+    ]
+    table = write_table(tmp_path / "splits_0.csv", lines)
+    assert mil(study, tmp_path / "one", *TASK, "--splits", str(table)) == 0
+    frozen = Cohort.read(tmp_path / "one" / "splits.csv", require_path=False)
+    assert {name: [r.slide_id for r in frozen.subset(name).records] for name in parts} == parts
+    assert len(read(tmp_path / "one" / "predictions.csv")) == len(parts["test"])
+    lines[0]["test"] = "P000-1"  # its patient's other slide is in train
+    lines[1]["train"] = ""
+    write_table(table, lines)
+    assert mil(study, tmp_path / "two", *TASK, "--splits", str(table)) == 2
+    assert "case 'P000' is in two splits" in capsys.readouterr().err
+    assert mil(study, tmp_path / "two", *TASK, "--splits", str(table), "--folds", "3") == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
 
 
 def test_leaks_between_folds_are_refused(study, tmp_path, capsys):
@@ -238,6 +262,17 @@ def test_deploy_refuses_what_the_models_have_seen(study, cv, tmp_path, capsys):
     assert int(read(tmp_path / "d" / "scores.csv")[0]["samples"]) == 12
 
 
+def test_deploy_overwrites_neither_a_run_nor_other_predictions(study, cv, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in cv.iterdir() if file.is_file()}
+    assert deploy(cv, study / "other", cv) == 2
+    assert "already holds a run of `dre-fast mil` (folds.csv); name another folder" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in cv.iterdir() if file.is_file()} == before
+    labels = str(study / "other" / "labels.csv")
+    assert deploy(cv, study / "other", tmp_path / "d", "--labels", labels, "--bootstrap", "0") == 0
+    assert deploy(cv, study / "other", tmp_path / "d") == 2  # scores.csv would be of other predictions
+    assert "already holds predictions of `dre-fast mil-deploy`" in capsys.readouterr().err
+
+
 def test_deploy_of_an_unfinished_run_and_of_none(cv, study, tmp_path, capsys):
     shutil.copytree(cv, tmp_path / "cv")
     (tmp_path / "cv" / "fold-2" / "model.safetensors").unlink()
@@ -281,3 +316,55 @@ def test_faults_of_tables_are_said(study, tmp_path, capsys):
     refused("column 'months', task 'panel': ", "--tasks", "panel=label,months")
     refused("no label column holds WT", "--negative", "WT", *TASK)
     refused("at least 2", "--folds", "1", *TASK)
+
+
+def test_a_word_for_unknown_becomes_no_class(study, tmp_path, capsys):
+    rows = read(study / "labels.csv")
+    rows[3]["label"], rows[5]["label"], rows[4]["gene"] = "nan", "Unknown", "unknown"
+    table = write_table(tmp_path / "labels.csv", rows)
+    command = ["mil", str(study / "features"), str(table), "--out", str(tmp_path / "cv"), *SMALL]
+    assert main([*command, *TASK]) == 2
+    said = capsys.readouterr().err
+    assert f"column 'label': 'Unknown' and 'nan' (2 of {len(rows)} slides) would be classes" in said
+    assert "--missing 'Unknown' 'nan'" in said
+    assert main([*command, "--tasks", "gene"]) == 2  # 0, 1 and a word: no third class either
+    assert "column 'gene': 'unknown'" in capsys.readouterr().err
+    rows[3]["label"] = rows[5]["label"] = "normal"
+    rows[0]["case_id"] = rows[1]["case_id"] = "NaN"
+    write_table(table, rows)
+    assert main([*command, *TASK]) == 2
+    assert "row 2, column 'case_id': 'NaN' stands for a missing value" in capsys.readouterr().err
+    assert not (tmp_path / "cv").exists()
+
+
+def test_one_kind_of_label_is_nothing_to_learn(study, tmp_path, capsys):
+    rows = [{**row, "label": "tumor"} for row in read(study / "labels.csv")]
+    table = write_table(tmp_path / "labels.csv", rows)
+    assert main(["mil", str(study / "features"), str(table), "--out", str(tmp_path / "cv"), *TASK]) == 2
+    assert "needs slides of both kinds, and all say 'tumor'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_said_before_bags_are_read(study, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("dre_fast.eval.mil.open_bags", None)
+    assert mil(study, tmp_path / "file" / "cv", *TASK) == 2
+    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    monkeypatch.setattr("dre_fast.data.files.os.access", lambda *_: False)
+    assert mil(study, tmp_path / "cv", *TASK) == 2
+    assert f"{tmp_path} may not be written into" in capsys.readouterr().err
+
+
+def test_a_fold_without_labels_to_learn_from_is_said_before_bags_are_read(
+    study, tmp_path, capsys, monkeypatch
+):
+    rows = read(study / "labels.csv")
+    for row in rows:
+        row["gene"] = {"P001": "1", "P002": "0"}.get(row["case_id"], "")
+        row["fold"] = 0 if row["gene"] else 1 + int(row["case_id"][1:]) % 2
+    table = write_table(tmp_path / "labels.csv", rows)
+    monkeypatch.setattr("dre_fast.eval.mil.open_bags", None)
+    command = ["mil", str(study / "features"), str(table), "--out", str(tmp_path / "cv"), "--tasks", "gene"]
+    assert main(command) == 2
+    assert (
+        "fold 0: task 'gene', column 'gene': no training slide has a label; label" in capsys.readouterr().err
+    )

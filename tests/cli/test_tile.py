@@ -116,7 +116,7 @@ def test_skip_bad_names_counts_and_lists(slides, tmp_path, capsys):
     write_slide(slides / "d.tif", glass=True)
     assert run(slides, "--out", out, "--skip-bad") == 0
     printed = capsys.readouterr()
-    assert "1 slides, 4 tiles" in printed.out
+    assert "1 slide, 4 tiles" in printed.out
     assert "skipped 3 of 4 slides" in printed.err
     for name, reason in (("b", "cannot read"), ("c", "--mpp"), ("d", "no tissue")):
         assert any(line.startswith(f"  {name}: ") and reason in line for line in printed.err.splitlines())

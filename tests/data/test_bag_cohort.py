@@ -62,7 +62,7 @@ def test_what_is_missing_is_counted_and_named(tmp_path):
     folder = bags(tmp_path, "s1", "x1", "x2")
     table = write_table(tmp_path / "l.csv", [{"slide_id": s, "case_id": s, "y": 1} for s in ("s1", "s2")])
     with pytest.raises(
-        CohortError, match=r"1 slides .* have no bag .*'s2'; 2 bags .* no row .*'x1', 'x2'.*--skip-missing"
+        CohortError, match=r"1 slide .* has no bag .*'s2'; 2 bags .* no row .*'x1', 'x2'.*--skip-missing"
     ):
         bag_cohort(folder, table)
     with pytest.warns(UserWarning, match="left out") as said:

@@ -81,6 +81,13 @@ def test_two_bags_of_one_slide(tmp_path):
         BagFolder(tmp_path, recursive=True)
 
 
+def test_links_in_a_ring_end(tmp_path):
+    put(tmp_path, "a/S1.pt", "a/b/S2.pt")
+    for link in ("a/up", "a/b/up", "a/b/top"):
+        (tmp_path / link).symlink_to(tmp_path if link.endswith("top") else tmp_path / "a")
+    assert list(find_bags(tmp_path, recursive=True)) == ["S1", "S2"]
+
+
 def test_nothing_to_find(tmp_path):
     with pytest.raises(BagError, match="no such folder"):
         find_bags(tmp_path / "none")

@@ -158,7 +158,19 @@ def test_a_case_never_falls_into_two_splits_or_folds(tmp_path, column, one, two)
         Cohort.read(file)
 
 
+@pytest.mark.parametrize(("column", "one", "two"), [("split", "train", "test"), ("fold", 0, 1)])
+def test_a_case_written_in_two_ways(tmp_path, column, one, two):
+    rows = [f"a,p7,x,{one}", f"b,P8,x,{two}", f"c,P7,x,{one}", f"d,P7,x,{two}"]
+    header = f"slide_id,case_id,path,{column}"
+    with pytest.raises(
+        CohortError, match=r"cases 'p7' \(row 2, .*'P7' \(row 4, .*differ in upper and lower case alone"
+    ):
+        Cohort.read(write(tmp_path, rows[0], rows[1], rows[3], header=header))
+    assert Cohort.read(write(tmp_path, *rows[:3], header=header)).cases == ["p7", "P8", "P7"]
+
+
 def test_slides_of_one_tcga_patient_are_one_case(tmp_path):
+    assert case_of("tcga-05-4244-01z-00-dx1") == "tcga-05-4244"
     rows = ["TCGA-05-4244-01Z-00-DX1,x,train", "TCGA-05-4244-01A-01-BS1,x,test"]
     with pytest.raises(CohortError, match="case 'TCGA-05-4244' is in two splits"):
         Cohort.read(write(tmp_path, *rows, header="slide_id,path,split"))
@@ -343,3 +355,15 @@ def test_real_protein_changes(test_data, tmp_path):
     target = cohort.encode(Task("genes", "multilabel", columns=genes))
     assert int(target.isnan().sum()) == 21
     assert 0.5 < target[:, 5].nanmean() < 0.8  # TP53 in lung cancer
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [(("LUAD", "LUSC", "luad"), "'LUAD' and 'luad'"), (("1", "2", "1.0"), "'1' and '1.0'")],
+)
+def test_one_class_written_in_two_ways(values, said):
+    records = [SlideRecord(f"s{i}", f"c{i}", labels={"y": value}) for i, value in enumerate(values)]
+    cohort = Cohort(records, ("y",), "l.csv")
+    with pytest.raises(CohortError, match=rf"l\.csv, column 'y': {said} would be two classes of task 'y'"):
+        cohort.resolve(Task("y"))
+    assert cohort.resolve(Task("y", classes=values)).classes == values  # they are, if one says so

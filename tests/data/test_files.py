@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dre_fast import progress as progress_module
-from dre_fast.data.files import atomic_path, write_text_atomic
+from dre_fast.data.files import atomic_path, check_writable, write_text_atomic
 from dre_fast.progress import progress
 
 
@@ -57,3 +57,14 @@ def test_progress_draws_on_request(capsys, monkeypatch):
     assert "counting" in capsys.readouterr().err
     monkeypatch.setenv("DRE_FAST_PROGRESS", "0")
     assert not progress_module.enabled()
+
+
+def test_check_writable_makes_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for there in ("file", "link"):
+        with pytest.raises(ValueError, match=f"{there} is no folder"):
+            check_writable(tmp_path / there / "b")

@@ -125,7 +125,9 @@ def test_a_written_round_reads_back_as_it_is(tmp_path: Path):
     ("record", "word"),
     [
         (SlideRecord("new", "c3", Path("new.npy")), "case 'c3'"),
-        (SlideRecord("s3-0", "new", Path("new.npy")), "'s3-0'"),
+        (SlideRecord("new", "C3", Path("new.npy")), "case 'C3'"),
+        (SlideRecord("s3-0", "new", Path("new.npy"), row=7), "other.csv, row 7, slide 's3-0'"),
+        (SlideRecord("s3-0", "new", Path("new.npy")), "other.csv, slide 's3-0'"),
         (SlideRecord("new", "new", Path("s3-0.npy")), "s3-0.npy"),
     ],
 )

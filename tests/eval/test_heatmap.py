@@ -110,6 +110,16 @@ def test_contribution_map_is_symmetric_about_zero(tmp_path: Path):
     assert blue > 500
 
 
+def test_names_are_no_formulas(tmp_path: Path):
+    name = r"S1 $\frac$ <b>"
+    codes = torch.arange(6)
+    assert draw_codewords(tmp_path / "c.png", thumbnail(), tiling(), codes, 6, title=name).exists()
+    found = draw_contributions(
+        tmp_path / "d.png", thumbnail(), tiling(), codes.float(), title=name, label=rf"logit of {name}"
+    )
+    assert found.exists()
+
+
 def test_maps_of_nothing_and_of_many_codewords(tmp_path: Path):
     empty = replace(tiling(0), coords=np.zeros((0, 2), dtype=np.int64))
     draw_contributions(tmp_path / "a.png", thumbnail(), empty, torch.zeros(0))

@@ -78,7 +78,7 @@ def test_the_table_holds_folds_mean_and_interval(study: Path):
     assert float(row["sd"]) == pytest.approx(np.std(folds, ddof=1), abs=1e-5)
     assert float(row["low"]) <= float(row["pooled"]) <= float(row["high"])
     assert int(row["samples"]) == 9
-    assert (study / "cv" / "scores.md").read_text().startswith("| task | column | metric | fold 0 |")
+    assert (study / "cv" / "scores.md").read_text().startswith("| task | metric | fold 0 |")
 
 
 def test_resume_trains_only_what_is_not_finished(
@@ -182,6 +182,17 @@ def test_faults_are_named_before_anything_is_written(study: Path, tmp_path: Path
         CrossValidation(settings(study / "cohort"), tmp_path / "cv", folds=12)
     with pytest.raises(ValueError, match="holds a run"):
         CrossValidation(settings(study / "cohort"), study / "cv" / "fold-0")
+    table = study / "cohort" / "cohort.csv"
+    lines = [
+        f"{line},{'report' if not i else 'Benign.'}" for i, line in enumerate(table.read_text().splitlines())
+    ]
+    (study / "cohort" / "told.csv").write_text("\n".join(lines) + "\n")
+    told = settings(study / "cohort", f"data.cohort={study / 'cohort' / 'told.csv'}")
+    with (
+        pytest.warns(UserWarning, match="'split' is not used"),
+        pytest.raises(ValueError, match=r"\(case 'c0', fold \d\) and .* have the same report"),
+    ):
+        CrossValidation(told, tmp_path / "cv", folds=3)
     assert not (tmp_path / "cv").exists()
 
 

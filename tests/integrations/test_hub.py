@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from mil_bags import ASSIGNMENTS, CODEWORDS, DIM, fitted, plain_logits
 pytest.importorskip("huggingface_hub", reason="needs huggingface_hub: pip install 'dre_fast[train]'")
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
+from safetensors.torch import load_file, save_file
 from train_cohort import tiny_config, write_cohort
 
 from dre_fast import ResidualMIL
@@ -126,8 +128,12 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     assert "library_name: dre_fast" in full.split("---")[1]
     assert "Not stated" not in full
     (tmp_path / "full" / "README.md").write_text("by hand")
-    fitted().save_pretrained(tmp_path / "full", card=card)
+    with pytest.warns(UserWarning, match=r"README\.md was there and stays as it is"):
+        fitted().save_pretrained(tmp_path / "full", card=card)
     assert (tmp_path / "full" / "README.md").read_text() == "by hand"
+    with warnings.catch_warnings():  # the same once more
+        warnings.simplefilter("error")
+        fitted().save_pretrained(tmp_path / "bare")
 
 
 def test_pushing_uploads_three_files(api: type[FakeApi], tmp_path: Path) -> None:
@@ -177,6 +183,21 @@ def test_bad_folders_are_named(no_network: list[str], tmp_path: Path) -> None:
     refused(tmp_path, r"(?s)model\.safetensors: does not fit config\.json.*encoding\.codebook")
     (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 1}))
     refused(tmp_path, r"config\.json: not the config of a dre_fast\.ResidualMIL .*colour")
+    for key, value in (("dim", -1), ("dropout", 3.0), ("head", "heavy"), ("width", 33)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        refused(tmp_path, r"config\.json: not the config of a dre_fast\.ResidualMIL")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "heads": 2 * config["heads"]})
+    )  # fits as well
+    refused(tmp_path, r"config\.json: heads is 8, and model\.safetensors was saved with 4")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")  # of an older version: no options in the header
+    assert ResidualMIL.from_pretrained(tmp_path).fitted
+    state["classifier.bias"][0] = float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    refused(tmp_path, r"model\.safetensors: classifier\.bias holds NaN or Inf")
+    (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused(tmp_path, r"config\.json: of model_type 'bert', not dre_fast\.ResidualMIL")
     (tmp_path / "config.json").write_text("{")

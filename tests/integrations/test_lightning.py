@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,29 @@ def test_bags_without_label_have_no_part_in_the_loss() -> None:
     nothing = module._loss(logits, torch.tensor([-1, -1]))
     nothing.backward()
     assert float(nothing) == 0
+
+
+def test_the_score_is_that_of_all_processes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose bags are of one class has no AUC of its own, and waiting for the others' would never end."""
+    module = ResidualMILModule(fitted(classes=1))
+    module._trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+    mine = [(torch.tensor([[0.3], [0.9]]), torch.tensor([1.0, 1.0]))]
+    other = [(torch.tensor([[0.5], [0.1]]), torch.tensor([0.0, 0.0]))]
+
+    def gather(found: list[Any], own: Any) -> None:
+        found[:] = [own, other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(ResidualMILModule, "trainer", property(lambda self: self._trainer))
+    module._judged = mine
+    module.on_validation_epoch_end()
+    assert logged["val_auc"] == 0.75
+    logits, target = (torch.cat([a, b]) for a, b in zip(mine[0], other[0]))
+    assert logged["val_loss"] == pytest.approx(float(module._loss(logits, target)))
+    module._judged = []  # no bag at all in this process
+    module.on_validation_epoch_end()
 
 
 def test_an_unfitted_codebook_is_said_at_the_start(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def test_logits_are_those_of_the_plain_model(assignment: str) -> None:
     expected = plain_logits(model.mil)
     x, valid = padded(some_bags())
     coords = torch.zeros(*x.shape[:2], 2)
-    torch.testing.assert_close(model(x, coords=coords, mask=~valid), expected)
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
+        torch.testing.assert_close(model(x, coords=coords, mask=(~valid).to(dtype)), expected)
     # as STAMP's own loop: zeros where a bag is short, and no mask
     x, _ = padded(some_bags(), 0.0)
     torch.testing.assert_close(model(x, coords=coords, mask=None), expected)

@@ -77,6 +77,16 @@ def write_patch_features(folder: Path) -> None:
             file["coords"].attrs.update(patch_size=256, patch_size_level0=512, level0_magnification=40)
 
 
+def test_tile_features_are_not_overwritten(tmp_path: Path) -> None:
+    write_patch_features(tmp_path / "features_uni")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "features_uni").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "features_uni")
+    for saveto in (tmp_path / "features_uni", tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"holds the tile features.*slide_features_residual_mil"):
+            export_slide_features(ResidualSlideEncoder(fitted()), tmp_path / "features_uni", saveto)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "features_uni").iterdir()} == before
+
+
 def test_export(tmp_path: Path) -> None:
     write_patch_features(tmp_path / "features_uni_v1")
     mil = fitted(dropout=0.5).train()

@@ -173,6 +173,14 @@ def test_files_that_are_no_such_model(tmp_path):
     save_model(tmp_path / "model.safetensors", {"a": torch.zeros(1)}, {"config": {}})
     with pytest.raises(ValueError, match="not a model of `dre-fast mil`"):
         load_mil(tmp_path)
+    for card in (
+        {},
+        {"settings": {"colour": 1}, "tasks": {}, "dim": 4},
+        {"settings": {"lr": -1}, "tasks": {}},
+    ):
+        save_model(tmp_path / "model.safetensors", {"a": torch.zeros(1)}, {"kind": "mil", **card})
+        with pytest.raises(ValueError, match=r"model\.safetensors: its card is not one that this version"):
+            load_mil(tmp_path)
 
 
 def test_bags_that_cannot_be_used_are_named(study, cohort, bags, tmp_path):
@@ -186,7 +194,7 @@ def test_bags_that_cannot_be_used_are_named(study, cohort, bags, tmp_path):
     spoilt[6, 2] = np.nan
     with pytest.raises(ValueError, match=r"P004-0.h5: slide P004-0.* tile 6"):
         BagSet(folder(spoilt))
-    with pytest.raises(ValueError, match=r"slide 'P004-0' .*D=5, those of slide 'P000-0' have D=16"):
+    with pytest.raises(ValueError, match=r"D=16 in 95 slides, D=5 in 1 slide; .*\n  slide 'P004-0' .*D=5"):
         BagSet(folder(np.ones((9, 5), np.float32)))
     with h5py.File(study / "features" / "P005-0.h5") as file:
         copied = BagSet(folder(file["features"][:]))
@@ -195,6 +203,45 @@ def test_bags_that_cannot_be_used_are_named(study, cohort, bags, tmp_path):
     ):
         copied.refuse_copies()
     bags.refuse_copies()
+
+
+def test_the_odd_one_is_blamed_not_the_others(study, tmp_path):
+    shutil.copytree(study / "features", tmp_path / "features")
+    write_bag(tmp_path / "features", "P000-0", np.ones((9, 5), np.float32))  # the first of the table
+    with pytest.raises(ValueError, match="several sizes") as said:
+        BagSet(bag_cohort(tmp_path / "features", study / "labels.csv"))
+    assert "'P000-0'" in str(said.value)
+    assert "P000-1" not in str(said.value)
+
+
+def test_all_bad_bags_are_named_up_to_ten(study, tmp_path):
+    shutil.copytree(study / "features", tmp_path / "features")
+    spoilt = [f"P{number:03d}-0" for number in range(1, 13)]
+
+    def refused() -> str:
+        with pytest.raises(ValueError, match="12 of 96 slides have a bag that cannot be used") as error:
+            BagSet(bag_cohort(tmp_path / "features", study / "labels.csv"))
+        return str(error.value)
+
+    nan = np.ones((9, DIM), np.float32)
+    nan[6, 2] = np.nan
+    for name in spoilt:
+        write_bag(tmp_path / "features", name, nan)
+    said = refused()
+    assert all(name in said for name in spoilt[:10])
+    assert said.endswith("\n  and 2 more")
+    file = tmp_path / "features" / f"{spoilt[0]}.h5"
+    whole = file.read_bytes()
+    for name in spoilt:
+        file = tmp_path / "features" / f"{name}.h5"
+        file.write_bytes(whole[: len(whole) // 2])
+    write_bag(tmp_path / "features", spoilt[1], np.ones((0, DIM), np.float32))
+    with h5py.File(tmp_path / "features" / f"{spoilt[2]}.h5", "w") as other:
+        other["embeddings"] = nan
+    said = refused()
+    assert "not a readable HDF5 file" in said
+    assert "a bag without tiles" in said
+    assert "found 'embeddings'" in said
 
 
 def test_features_of_another_width_are_refused(cohort, bags, tmp_path):

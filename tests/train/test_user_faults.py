@@ -161,6 +161,12 @@ def test_splits_and_labels_that_cannot_work_are_refused_before_any_work(tiny_coh
         r"column 'path': slides 's0' \(train\) and 's9' \(val\) are the same file",
         table(root, "twice.csv", lambda r: {**r, "path": "./s0.npy"} if r["slide_id"] == "s9" else r),
     )
+    told = {"s0": "Two  lymph nodes.", "s1": "Benign.", "s2": "Benign.", "s9": "Two lymph nodes."}
+    said = table(root, "told.csv", lambda r: {**r, "report": told.get(r["slide_id"], "")})
+    refused(
+        r"slides 's0' \(case 'c0', split train\) and 's9' \(case 'c9', split val\) have the same report", said
+    )
+    Trainer(tiny_config(root, said, "data.train_split=null", "data.val_split=null"), tmp_path / "told")
     both = Trainer(
         tiny_config(root, unsplit, "data.train_split=null", "data.val_split=null"), tmp_path / "all"
     )
