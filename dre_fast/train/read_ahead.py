@@ -130,6 +130,7 @@ class _Watch:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._thread.join()  # one that is still on its way out when the interpreter ends can abort the process
 
     @contextmanager
     def waiting_for(self, position: int) -> Iterator[None]:

@@ -32,15 +32,8 @@ class CuCIMSlide(Slide):
 
     def __init__(self, path: Path, num_workers: int = 1):
         self._clara = need("cucim.clara", "cucim")
-        try:
-            handle: Any = self._clara.CuImage(str(path))
-            resolutions = handle.resolutions
-            metadata = handle.metadata
-        except (ValueError, RuntimeError, OSError) as error:
-            raise SlideError(
-                f"slide {path}: cuCIM cannot read it ({error}): it is damaged, incompletely downloaded, "
-                "or a format for the openslide backend"
-            ) from error
+        handle = self._open(path)
+        resolutions, metadata = handle.resolutions, handle.metadata
         super().__init__(path, resolutions["level_dimensions"], resolutions["level_downsamples"])
         self._idle = deque([handle])
         self._workers = max(1, num_workers)
@@ -83,7 +76,8 @@ class CuCIMSlide(Slide):
             for tile, place in enumerate(places):
                 region = on_white(np.asarray(handle.read_region(place, (w, h), level)).reshape(h, w, -1))
                 if outside[tile]:
-                    self._whiten_outside(region, *pixels[tile].tolist(), level)
+                    px, py = pixels[tile].tolist()
+                    self._whiten_outside(region, px, py, level)
                 yield region
         except (ValueError, RuntimeError, OSError) as error:
             x, y = coords[tile].tolist()
@@ -93,12 +87,21 @@ class CuCIMSlide(Slide):
         finally:
             self._idle.append(handle)
 
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._clara.CuImage(str(path))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise SlideError(
+                f"slide {path}: cuCIM cannot read it ({error}): it is damaged, incompletely downloaded, "
+                "or a format for the openslide backend"
+            ) from error
+
     def _take_handle(self) -> Any:
         """A handle that no other thread has: those of slides in strips share a state, and mix up their pixels."""
         try:
             return self._idle.pop()
         except IndexError:
-            return self._clara.CuImage(str(self.path))
+            return self._open(self.path)
 
     def _whiten_outside(self, tile: np.ndarray, px: int, py: int, level: int) -> None:
         level_w, level_h = self.level_dimensions[level]
