@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +41,9 @@ class CuCIMSlide(Slide):
         self._read_metadata(handle, metadata)
 
     def _read(self, x: int, y: int, level: int, w: int, h: int) -> np.ndarray:
-        return next(self._regions(np.array([[x, y]]), level, w, h))
+        found: list[np.ndarray] = []
+        self._each(np.array([[x, y]]), level, w, h, lambda _, pixels: found.append(pixels))
+        return found[0]
 
     def read_planar(self, coords: np.ndarray, level: int, size: int, out: np.ndarray) -> None:
         self._check_level(level)
@@ -56,34 +58,49 @@ class CuCIMSlide(Slide):
             each.result()
 
     def _fill(self, coords: np.ndarray, level: int, size: int, out: np.ndarray) -> None:
-        for tile, target in zip(self._regions(np.asarray(coords), level, size, size), out, strict=True):
-            put_planar(scale_tile(tile, out.shape[-1]), target)
+        if size == out.shape[-1]:
+            self._each(coords, level, size, size, lambda tile, pixels: put_planar(pixels, out[tile]))
+        else:
+            side = out.shape[-1]
+            self._each(
+                coords,
+                level,
+                size,
+                size,
+                lambda tile, pixels: put_planar(scale_tile(pixels, side), out[tile]),
+            )
 
-    def _regions(self, coords: np.ndarray, level: int, w: int, h: int) -> Iterator[np.ndarray]:
-        """uint8 [h,w,3 or 4] at each of int64 [N,2], white outside the slide.
+    def _each(
+        self, coords: np.ndarray, level: int, w: int, h: int, use: Callable[[int, np.ndarray], None]
+    ) -> None:
+        """Calls ``use`` with the number and the pixels of each region, uint8 [h,w,3 or 4], white outside the slide.
 
-        What is the same for all is done once: while Python works for one thread, it works for no other.
+        What is the same for all is done once, and what few need is left out for the others: while Python works for one
+        thread it works for no other, and a thread that waits for it sleeps for longer than that.
         """
         downsample = self.level_downsamples[level]
-        pixels = np.round(coords / downsample).astype(np.int64)
+        corners = np.round(np.asarray(coords) / downsample).astype(np.int64)
         # The first level-0 pixel that cuCIM maps onto the wanted pixel of the level.
-        places = list(map(tuple, np.ceil(pixels * downsample).astype(np.int64).tolist()))
-        outside = (
-            ((pixels < 0) | (pixels + np.array([w, h]) > self.level_dimensions[level])).any(axis=1).tolist()
-        )
+        places = [(x, y) for x, y in np.ceil(corners * downsample).astype(np.int64).tolist()]
+        beyond = (corners < 0) | (corners + np.array([w, h]) > self.level_dimensions[level])
+        outside = set(np.flatnonzero(beyond.any(axis=1)).tolist())
+        size, colours = (w, h), (h, w, 3)
         handle = self._take_handle()
         try:
             for tile, place in enumerate(places):
-                region = on_white(np.asarray(handle.read_region(place, (w, h), level)).reshape(h, w, -1))
-                if outside[tile]:
-                    px, py = pixels[tile].tolist()
-                    self._whiten_outside(region, px, py, level)
-                yield region
-        except (ValueError, RuntimeError, OSError) as error:
-            x, y = coords[tile].tolist()
-            raise SlideError(
-                f"slide {self.path}: cuCIM failed to read {w} x {h} px at x={x}, y={y}, level {level}: {error}"
-            ) from error
+                try:
+                    pixels = np.asarray(handle.read_region(place, size, level))
+                except (ValueError, RuntimeError, OSError) as error:
+                    x, y = coords[tile].tolist()
+                    raise SlideError(
+                        f"slide {self.path}: cuCIM failed to read {w} x {h} px at x={x}, y={y}, level {level}: {error}"
+                    ) from error
+                if pixels.shape != colours:
+                    pixels = on_white(pixels.reshape(h, w, -1))
+                if tile in outside:
+                    px, py = corners[tile].tolist()
+                    self._whiten_outside(pixels, px, py, level)
+                use(tile, pixels)
         finally:
             self._idle.append(handle)
 
