@@ -171,7 +171,7 @@ def test_nothing_is_read_any_more_once_the_loop_was_left() -> None:
 def test_the_same_run_with_and_without_threads(tiny_cohort: Path, tmp_path: Path) -> None:
     logs = []
     for threads in (0, 3):
-        config = tiny_config(tiny_cohort, f"data.threads={threads}", "data.stain=0.2", "optim.epochs=2")
+        config = tiny_config(tiny_cohort, f"data.threads={threads}", "data.stain=0.2", "optim.epochs=1")
         Trainer(config, tmp_path / str(threads)).fit()
         rows = read_metrics(tmp_path / str(threads) / "metrics.jsonl")
         logs.append([{k: v for k, v in row.items() if k not in ("seconds", "data_seconds")} for row in rows])
