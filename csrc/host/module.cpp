@@ -1,4 +1,4 @@
-// The pybind11 module: facts about this build, and the file of rows. Plain types only, no torch in it.
+// The pybind11 module: facts about this build, the file of rows, pixels in planes. Plain types only, no torch in it.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <string>
 #include <system_error>
 
+#include "planes.h"
 #include "row_file.h"
 
 namespace py = pybind11;
@@ -35,6 +36,22 @@ py::array_t<uint8_t> as_array(const std::shared_ptr<Pages>& pages) {
   return py::array_t<uint8_t>({pages->bytes()}, {1}, reinterpret_cast<uint8_t*>(pages->data()), owner);
 }
 
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+void split_planes(const Bytes& pixels, Bytes& planes) {
+  if (pixels.ndim() != 3 || (pixels.shape(2) != 3 && pixels.shape(2) != 4))
+    throw std::invalid_argument("split_planes: pixels must be [h, w, 3] or [h, w, 4]");
+  if (planes.ndim() != 3 || planes.shape(0) != 3 || planes.shape(1) != pixels.shape(0) ||
+      planes.shape(2) != pixels.shape(1))
+    throw std::invalid_argument("split_planes: planes must be [3, h, w], as high and wide as pixels");
+  const uint8_t* from = pixels.data();
+  uint8_t* to = planes.mutable_data();  // throws where it is read-only
+  const int channels = static_cast<int>(pixels.shape(2));
+  const int64_t n = pixels.shape(0) * pixels.shape(1);
+  const py::gil_scoped_release no_gil;
+  dre_fast::split_planes(from, channels, n, to);
+}
+
 void check_signals() {
   const py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -55,10 +72,15 @@ py::dict statistics(RowFile& file) {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the compiled parts of dre_fast, and the file behind a memory bank larger than memory.";
+  m.doc() =
+      "Facts about the compiled parts of dre_fast, the file behind a memory bank larger than memory, pixels in planes.";
   m.def(
       "build_info", &build_info,
       "compiler version and flags, the torch whose headers were used, cuda (bool) and its architectures");
+
+  m.def(
+      "split_planes", &split_planes, py::arg("pixels").noconvert(), py::arg("planes").noconvert(),
+      "uint8 [h, w, 3 or 4] -> the first three channels, copied into uint8 [3, h, w]");
 
   py::register_exception_translator([](std::exception_ptr p) {
     try {

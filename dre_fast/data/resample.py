@@ -1,4 +1,4 @@
-"""Antialiased scaling of tiles and their layout for PyTorch."""
+"""Antialiased scaling of tiles."""
 
 from __future__ import annotations
 
@@ -24,10 +24,3 @@ def scale_tile(tile: np.ndarray, size: int) -> np.ndarray:
     if source % size == 0:
         return np.asarray(picture.reduce(source // size))
     return np.asarray(picture.resize((size, size), image.Resampling.LANCZOS))
-
-
-def put_planar(tile: np.ndarray, out: np.ndarray) -> None:
-    """Copies the colours of ``tile``, uint8 [P,P,3 or 4], into ``out``, uint8 [3,P,P]."""
-    # Plane by plane: copying three of four interleaved channels at once is ten times slower.
-    for channel in range(3):
-        out[channel] = tile[..., channel]

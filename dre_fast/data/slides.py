@@ -14,7 +14,8 @@ from types import TracebackType
 
 import numpy as np
 
-from dre_fast.data.resample import put_planar, scale_tile
+from dre_fast.data.resample import scale_tile
+from dre_fast.ops.planes import put_planar
 
 BACKENDS = ("auto", "openslide", "cucim", "images", "array")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
@@ -214,7 +215,7 @@ def open_slide(
             JPEG or an array in memory), or ``"auto"``: images for a folder, array for an array, ``.npy`` or
             plain image file, openslide for the rest.
         mpp: microns per pixel of level 0. Overrides what the file states; needed where it states nothing.
-        num_workers: threads that decode one batch of tiles (cuCIM only).
+        num_workers: threads that decode the tiles of one call (cuCIM only).
 
     Raises:
         SlideError: the file is missing, damaged or of an unknown format, or ``mpp`` is not positive.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dre_fast.data.buffers import Buffers
 from dre_fast.data.files import atomic_path
 from dre_fast.data.optional import need
 from dre_fast.data.slides import Slide, SlideError, open_slide
@@ -121,7 +122,7 @@ class TileReader(_Reader):
                 both.
         """
         ids = self._ids(slide_index, tile_ids)
-        out = np.empty((len(ids), 3, self.tile_size, self.tile_size), dtype=np.uint8)
+        out = self._buffers.take((len(ids), 3, self.tile_size, self.tile_size))
         wanted = ids >= 0
         if wanted.all():
             self._fill(slide_index, ids, out)
@@ -237,20 +238,25 @@ class TileReader(_Reader):
             # referenced, as closing them here could disturb it.
             self._inherited.append(self._open)
             self._start()
+        # A gate for each slide: threads that want one slide open it once, and a slow disk keeps no other slide waiting.
         with self._lock:
-            if slide_index in self._open:
-                self._open.move_to_end(slide_index)
-                return self._open[slide_index]
+            gate = self._gates.setdefault(slide_index, threading.Lock())
+        with gate:
+            with self._lock:
+                if slide_index in self._open:
+                    self._open.move_to_end(slide_index)
+                    return self._open[slide_index]
             slide = open_slide(self.slides[slide_index], self.backend, self.mpp, self.num_workers)
             try:
                 entry = (slide, fit_to_slide(self.tilings[slide_index], slide))
             except SlideError:
                 slide.close()
                 raise
-            self._open[slide_index] = entry
-            while len(self._open) > self.max_open:
-                # Not closed by hand: another thread may be reading it. Its last reference closes it.
-                self._open.popitem(last=False)
+            with self._lock:
+                self._open[slide_index] = entry
+                while len(self._open) > self.max_open:
+                    # Not closed by hand: another thread may be reading it. Its last reference closes it.
+                    self._open.popitem(last=False)
             return entry
 
     def _drop(self, slide_index: int) -> None:
@@ -261,10 +267,13 @@ class TileReader(_Reader):
     def _start(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._gates: dict[int, threading.Lock] = {}
+        self._buffers = Buffers()
         self._open: OrderedDict[int, tuple[Slide, Tiling]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open", "_inherited", "_pid")}
+        own = ("_lock", "_gates", "_buffers", "_open", "_inherited", "_pid")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -8,10 +8,11 @@ def backends() -> dict[str, str]:
 
     "reference" is plain torch (:mod:`dre_fast.reference`). Encoding in float64 always runs the reference.
     """
-    from dre_fast.ops import bank, contrast, encode, normalize
+    from dre_fast.ops import bank, contrast, encode, normalize, planes
 
     chosen = {}
     for module in (encode, normalize, bank, contrast):
         for name in module.NAMES:
             chosen[name] = f"CPU: {module.backend(name, 'cpu')}, CUDA: {module.backend(name, 'cuda')}"
+    chosen["put_planar"] = f"CPU: {planes.backend()}"
     return chosen

@@ -1,4 +1,4 @@
-"""The tiles of a plan's visits, read ahead by worker processes, augmented, and put together as batches."""
+"""The tiles of a plan's visits, read ahead by processes or threads, augmented, and put together as batches."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def read_batches(
     Args:
         bank: knows the slides' numbers; asked for the rows of coming slides ahead, where they lie in a file.
         names: of the slides.
-        data: ``augment``, ``stain``, ``workers``, ``slow_seconds``; with ``on_error="skip"`` slides that cannot be read
-            are left out of their batch.
+        data: ``augment``, ``stain``, ``workers``, ``threads``, ``slow_seconds``; with ``on_error="skip"`` slides that
+            cannot be read are left out of their batch.
         key: of the augmentation; with the number of a slide it fixes what is done to its tiles.
         pin: images in pinned memory.
 
@@ -99,6 +99,7 @@ def read_batches(
         _LiveTiles(reader, plan, bank.number.cpu(), key, data.augment, data.stain),
         who,
         workers=data.workers,
+        threads=data.threads,
         slow=data.slow_seconds,
         batches=[list(range(those.start, those.stop)) for those in visits],
         collate=_collate,

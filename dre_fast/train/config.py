@@ -23,6 +23,7 @@ FREE_ON_RESUME = frozenset(
         "data.reports",
         "data.cache",
         "data.workers",
+        "data.threads",
         "data.max_open",
         "data.slow_seconds",
     }
@@ -61,6 +62,7 @@ class DataConfig:
     backend: str = "auto"  # auto | openslide | cucim | images | array
     mpp: float | None = None  # um/px of slides that do not say
     workers: int = 0  # processes that read tiles ahead
+    threads: int = 0  # threads of the training process that read tiles ahead, in place of processes
     max_open: int = 8  # slide handles open at once in each worker
     on_error: str = "stop"  # stop | skip: leave a slide that cannot be read out of its step, and say so
     max_failing: float = (

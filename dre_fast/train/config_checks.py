@@ -129,6 +129,7 @@ def check_config(config: Config) -> None:
         )
     for key in (
         "data.workers",
+        "data.threads",
         "memory.refresh",
         "memory.max_refresh",
         "memory.refit_every",
@@ -143,6 +144,11 @@ def check_config(config: Config) -> None:
         section, name = key.split(".")
         if not 0 <= getattr(getattr(config, section), name) < 2**31:
             raise ConfigError(f"{key} must be 0 or more, and less than 2^31")
+    if config.data.workers and config.data.threads:
+        raise ConfigError(
+            f"data.workers={config.data.workers} and data.threads={config.data.threads}: tiles are read ahead by "
+            "processes or by threads; set one of them to 0 (threads for cuCIM and few cores, processes for many)"
+        )
     for key, number in (
         ("data.stain", config.data.stain),
         ("memory.grad_scale", config.memory.grad_scale),

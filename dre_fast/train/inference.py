@@ -106,7 +106,9 @@ def _features_of(
     device = model.codebook.device
     jobs = chunks_of(slides.reader.tiles_per_slide, chunk)
     names = [record.slide_id for record in slides.records]
-    read = read_jobs(slides.reader, jobs, names, workers=data.workers, slow=data.slow_seconds)
+    read = read_jobs(
+        slides.reader, jobs, names, workers=data.workers, threads=data.threads, slow=data.slow_seconds
+    )
     parts: list[Tensor] = []
     error: ValueError | None = None
     for position, ((slide, _), images) in enumerate(zip(jobs, read)):

@@ -32,7 +32,7 @@ class BankWriter:
             so that it does not matter which process holds it.
         decay: of the moving average, in [0, 1); 0 writes what the encoder itself gives.
         chunk: tiles encoded at once.
-        data: ``workers``, ``slow_seconds``, ``on_error``, ``max_failing``.
+        data: ``workers``, ``threads``, ``slow_seconds``, ``on_error``, ``max_failing``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BankWriter:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Encode and write every tile of every slide, as of step 0; read ahead by ``data.workers`` processes.
+        """Encode and write every tile of every slide, as of step 0; read ahead as the live tiles are.
 
         Raises:
             ValueError: a feature that is not finite, or tiles that cannot be read; names slide and tile. With
@@ -65,8 +65,14 @@ class BankWriter:
         """
         jobs = chunks_of(self.slides.tiles, self.chunk)
         names = [record.slide_id for record in self.slides.records]
+        data = self.data
         read = read_jobs(
-            self.slides.reader, jobs, names, workers=self.data.workers, slow=self.data.slow_seconds
+            self.slides.reader,
+            jobs,
+            names,
+            workers=data.workers,
+            threads=data.threads,
+            slow=data.slow_seconds,
         )
         failed = 0
         for (slide, tiles), images in progress(

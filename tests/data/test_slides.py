@@ -50,7 +50,7 @@ def test_regions_are_exact_at_every_level_and_white_outside(tmp_path, backend, c
 
 def test_read_tiles_equals_read_region(tmp_path, backend):
     path = write_pyramid(tmp_path / "a.tif", pattern(900, 700))
-    coords = np.array([[0, 0], [256, 128], [840, 650], [-20, -20], [3, 7]] * 9)  # more than one cuCIM batch
+    coords = np.array([[0, 0], [256, 128], [840, 650], [-20, -20], [3, 7]] * 9)
     with open_slide(path, backend, num_workers=2) as slide:
         tiles = slide.read_tiles(coords, 0, 64)
         assert tiles.shape == (45, 64, 64, 3)

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -170,13 +172,52 @@ def test_workers_of_a_dataloader_read_the_same(cohort, backend, start):
     assert torch.equal(reader.read(0, [0, -1]), want[0])
 
 
-def test_threads_may_share_a_reader(cohort):
+@pytest.mark.parametrize("backend", ["auto", "cucim"])
+def test_threads_may_share_a_reader(cohort, backend):
+    if backend == "cucim":
+        pytest.importorskip("cucim")
     paths, tilings = cohort
-    reader = TileReader(paths, tilings, max_open=1)
+    reader = TileReader(paths, tilings, backend=backend, max_open=1)
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda i: reader.read(i % 3, [i % 9]), range(60)))
     for i, got in enumerate(results):
         assert torch.equal(got[0], expected(paths[i % 3], tilings[i % 3], i % 9))
+
+
+def test_threads_that_want_one_slide_open_it_once(cohort, monkeypatch):
+    opened = []
+
+    def slowly(path, *arguments):
+        opened.append(path)
+        time.sleep(0.1)
+        return open_slide(path, *arguments)
+
+    monkeypatch.setattr("dre_fast.data.tiles.open_slide", slowly)
+    paths, tilings = cohort
+    reader = TileReader(paths, tilings)
+    with ThreadPoolExecutor(6) as pool:
+        started = time.perf_counter()
+        list(pool.map(lambda i: reader.read(i % 3, [0]), range(6)))
+        assert time.perf_counter() - started < 0.28  # three slides at the same time
+    assert sorted(opened) == sorted(paths)
+
+
+def test_slides_in_strips_are_read_by_threads_through_cucim(tmp_path):
+    """Handles of such a file must not be shared: pixels of one thread turned up in the tiles of another."""
+    pytest.importorskip("cucim")
+    pixels = pattern(1024, 1024)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, rowsperstrip=16, photometric="rgb")
+    with open_slide(tmp_path / "a.tif", "cucim", mpp=0.5) as slide:
+        tiling = tile_slide(slide, tile_size=P, mpp=0.5, tissue="none")
+    for reader, threads in (
+        (TileReader([tmp_path / "a.tif"], [tiling], backend="cucim"), 4),
+        (TileReader([tmp_path / "a.tif"], [tiling], backend="cucim", num_workers=4), 1),
+    ):
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(partial(reader.read, 0), torch.arange(len(tiling)).split(16))
+            for tile, (x, y) in zip(torch.cat(list(parts)), tiling.coords, strict=True):
+                want = pixels[y : y + P, x : x + P].transpose(2, 0, 1)
+                np.testing.assert_array_equal(tile.numpy(), want)
 
 
 def test_bad_requests_name_slide_and_tile(cohort):
