@@ -225,9 +225,10 @@ def _check_sampling(config: Config) -> None:
             "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports; with "
             "memory.guide=loss it draws them by their effect on the loss of the tasks"
         )
-    if memory.guided and memory.guide == "loss" and not config.loss.tasks:
+    if memory.guided and memory.guide == "loss" and all(map(_compares_slides, config.loss.tasks)):
         raise ConfigError(
-            "memory.guide=loss draws tiles by their effect on the tasks' loss: it needs loss.tasks"
+            "memory.guide=loss draws tiles by their effect on the loss of their slide: it needs loss.tasks, and one "
+            "that is not the Cox loss, which compares slides (method: hazard is not)"
         )
     if memory.guided and memory.mode == "exact":
         raise ConfigError("memory.guided has no use with memory.mode=exact: every tile is live")
@@ -242,6 +243,10 @@ def _check_sampling(config: Config) -> None:
             f"memory.grad_scale=unbiased: n/m is the right factor when all tiles of a slide are live equally "
             f"often; with {which} they are not: use none or a number"
         )
+
+
+def _compares_slides(task: TaskConfig) -> bool:
+    return task.kind == "survival" and task.method == "cox"
 
 
 def _check_task(config: Config, task: TaskConfig) -> None:

@@ -105,7 +105,8 @@ class LossGuide(Guide):
     """Draws tiles that the slide's labels turn on, for or against: by the size of their effect on the loss of the tasks.
 
     Args:
-        loss: (output, slides int64 [B] of the bank) -> 0-d.
+        loss: (output, slides int64 [B] of the bank) -> 0-d; a sum of the slides' own losses, so that a score does not
+            depend on what is scored with it.
         known: bool [S], slides with a label.
     """
 

@@ -79,6 +79,19 @@ class Objective(nn.Module):
         """The weighted losses of the tasks alone; arguments as for the whole."""
         return self._total(out, self._of_tasks(out, slides))
 
+    def of_each(self, out: SlideOutput, slides: Tensor) -> Tensor:
+        """:meth:`without_contrast` of each slide by itself, added up: what is one slide's own depends on no other.
+
+        A Cox loss, which compares slides, is zero then.
+        """
+
+        def own(i: int) -> Tensor:
+            one = slice(i, i + 1)
+            logits = {name: values[one] for name, values in out.logits.items()}
+            return self.without_contrast(SlideOutput(out.embedding[one], None, logits, None), slides[one])
+
+        return torch.stack([own(i) for i in range(len(slides))]).sum()
+
     def _of_tasks(self, out: SlideOutput, slides: Tensor) -> dict[str, Tensor]:
         return {
             task.name: self.supervised(

@@ -155,7 +155,7 @@ def planner_of(config: Config, data: RunData, model: DRESLCL, objective: Objecti
     elif config.memory.guided:
 
         def loss(out: SlideOutput, slides: Tensor) -> Tensor:
-            return objective.without_contrast(out, data.numbers[slides])
+            return objective.of_each(out, data.numbers[slides])
 
         guide = LossGuide(model, loss, objective.labelled[data.numbers])
     return Planner(

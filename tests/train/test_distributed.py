@@ -120,6 +120,7 @@ MODES = {
         f"loss.tasks=[{SURVIVAL}, name: risk}}, {SURVIVAL}, name: hazard, method: hazard, bins: 3}}]",
     ],
     "guided": ["data.tiles=[{root}/tiles, {root}/coarse]", "memory.guided=0.5", "memory.candidates=12"],
+    "by loss": ["memory.guided=0.5", "memory.candidates=12", "memory.guide=loss", "memory.mode=sampled"],
 }
 # several runs in one job: most of its time is that of starting
 JOB = """

@@ -379,7 +379,15 @@ def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
         (["memory.guided=0.5", "memory.candidates=0"], "memory.candidates"),
         (["memory.guided=0.5", "memory.mode=exact"], "memory.mode=exact"),
         (["memory.guided=0.5", "model.aggregator=mean"], "model.aggregator=residual"),
-        (["memory.guided=0.5", "memory.guide=loss", "loss.tasks=[]"], "memory.guide=loss .*loss.tasks"),
+        (["memory.guided=0.5", "memory.guide=loss", "loss.tasks=[]"], "memory.guide=loss .*needs loss.tasks"),
+        (
+            [
+                "memory.guided=0.5",
+                "memory.guide=loss",
+                "loss.tasks=[{name: os, kind: survival, columns: [t, e]}]",
+            ],
+            "Cox loss",
+        ),
         (["memory.guided=0.5", "memory.guide=label"], "memory.guide='label'"),
         (["memory.guided=0.5", "memory.grad_scale=unbiased"], "unbiased.*memory.guided"),
         (["memory.guided=0.5", "memory.guide_temperature=0"], "memory.guide_temperature"),
