@@ -8,12 +8,14 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from dre_fast.data.files import write_text_atomic
 from dre_fast.train.config import Config, load_config
 
+SUMMARY = "summary.json"
 MARKER = ".dre_fast_demo"
 TILE, MPP = 64, 1.0
 SLIDE_SIZE = (1152, 896)
@@ -47,7 +49,8 @@ def run_demo(
     """Generate, tile, embed, train end to end and frozen, evaluate, draw. Returns the summary.
 
     Args:
-        out: folder; a former demo in it is replaced, any other content refused.
+        out: folder; a finished demo in it is moved aside (``demo-1``, ``demo-2``, ...), an unfinished one replaced, any
+            other content refused.
         seed: of everything.
         slides: training, validation and test slides.
 
@@ -62,6 +65,10 @@ def run_demo(
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise ValueError(f"{out} is not empty and not a former demo; name another folder with --out")
+    if (out / SUMMARY).exists():
+        aside = next(path for n in count(1) if not (path := out.with_name(f"{out.name}-{n}")).exists())
+        out.rename(aside)
+        print(f"note: the demo of before is in {aside} now", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARKER).touch()
@@ -98,7 +105,7 @@ def run_demo(
     draw_page(out, cohort_csv, config, summary)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["peak_rss_mb"] = round(_peak_rss_mb(), 1)
-    write_text_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text_atomic(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -28,9 +28,13 @@ def test_demo_writes_summary_page_and_runs(tmp_path, monkeypatch):
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     assert (out / "end_to_end" / "best.safetensors").exists()
-    assert (
-        main(["demo", "--out", str(out), "--slides", "0", "0", "0"]) == 2
-    )  # a former demo is replaced, then refused
+    assert main(["demo", "--out", str(out), "--slides", "0", "0", "0"]) == 2
+    assert (tmp_path / "demo-1" / "index.html").read_text(encoding="utf-8") == page  # moved aside
+    assert not (out / "index.html").exists()
+    (out / "notes.txt").touch()
+    assert main(["demo", "--out", str(out), "--slides", "0", "0", "0"]) == 2  # an unfinished one is replaced
+    assert not (out / "notes.txt").exists()
+    assert not (tmp_path / "demo-2").exists()
 
 
 def test_demo_refuses_a_folder_with_other_things(tmp_path, capsys):

@@ -59,7 +59,9 @@ def _read_run(folder: Path, name: str) -> Run:
     if not files:
         files = sorted(folder.glob(f"fold-*/{METRICS}"), key=lambda file: int(file.parent.name[5:]))
     if not files or not (folder / CONFIG).exists():
-        raise ValueError(f"{folder}: holds no run ({METRICS} and {CONFIG}) and no cross-validation of any")
+        raise ValueError(
+            f"{folder}: holds no training run ({METRICS} and {CONFIG}) and no cross-validation of such runs"
+        )
     try:
         config = load_config(folder / CONFIG)
     except ConfigError as error:
@@ -133,7 +135,7 @@ def results(log: Log) -> dict[str, float | int | None]:
     for key in scores_first(key for line in validated for key in line if key.startswith("val_")):
         found[key] = None if best is None else best.get(key)
     found["train_loss, last epoch"] = epochs[-1]["train_loss"] if epochs else None
-    seconds = float(np.median([line["seconds"] for line in steps])) if steps else None
+    seconds = float(np.mean([line["seconds"] for line in steps])) if steps else None
     found["seconds a step"] = seconds
     counted = [line for line in steps if "tiles" in line]
     spent = sum(line["seconds"] for line in counted)

@@ -29,7 +29,7 @@ def _status() -> dict[str, Any]:
 
 
 def _reason_not_built(part: str) -> str:
-    how = "pip install --no-build-isolation -v . in a checkout of dre_fast"
+    how = "pip install --no-build-isolation -v -e . in a checkout of dre_fast"
     return _status()["why_not"].get(part) or f"not built in {_PACKAGE}: {how}"
 
 
@@ -38,6 +38,15 @@ def _load(part: str) -> str:
     """Load a library once; "" when it is there, else why not."""
     path = _PACKAGE / _LIBRARIES[part]
     if not path.is_file():
+        if part == "ops" and (_PACKAGE.parent / "csrc").is_dir():
+            # an installed copy with its ops, perhaps; from within the checkout Python takes the sources
+            warnings.warn(
+                f"dre_fast is imported from the checkout {_PACKAGE.parent}, where its ops are not built: it runs, "
+                "slowly, on plain torch. Run `pip install -e .` there; where it is installed already, Python takes that "
+                "copy from any other folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return _reason_not_built(part)
     if part == "cuda":
         if _load("ops"):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -262,3 +263,16 @@ def test_cuda_library_builds_and_links(checkout: Path, build: Build, tmp_path: P
     again = build(checkout, "build_wheel", **environment)
     assert again.returncode == 0, again.stderr
     assert "compiling" not in again.stdout  # nothing changed, so nothing is compiled twice
+
+
+def test_a_checkout_without_its_ops_is_no_silent_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "dre_fast")
+    monkeypatch.setattr(native, "_status", lambda: {"built": [], "why_not": {}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an installed package without ops says so in `dre-fast info`
+        assert "not built in" in native._load.__wrapped__("ops")
+    (tmp_path / "csrc").mkdir()
+    with pytest.warns(RuntimeWarning, match=r"from the checkout .*pip install -e \."):
+        assert "not built in" in native._load.__wrapped__("ops")
