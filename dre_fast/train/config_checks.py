@@ -210,7 +210,7 @@ def _check_sampling(config: Config) -> None:
     _one_of("memory.guide", memory.guide, ("report", "loss"))
     if not 0 < memory.guide_temperature < math.inf:
         raise ConfigError(f"memory.guide_temperature={memory.guide_temperature}: must be a number > 0")
-    drawn = int(memory.guided * memory.live)
+    drawn = int(memory.guided * memory.live + 1e-9)  # 0.29 * 100 is a little less than 29
     if memory.guided and drawn < scales:
         raise ConfigError(
             f"memory.guided={memory.guided} of memory.live={memory.live} live tiles are {drawn}: less than one "
