@@ -415,6 +415,10 @@ def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
             ],
             "Cox loss",
         ),
+        (
+            ["memory.guided=0.5", "memory.guide=loss", "loss.tasks=[{name: a, weight: 0}]"],
+            "memory.guide=loss .*with a weight",
+        ),
         (["memory.guided=0.5", "memory.guide=label"], "memory.guide='label'"),
         (["memory.guided=0.5", "memory.grad_scale=unbiased"], "unbiased.*memory.guided"),
         (["memory.guided=0.5", "memory.guide_temperature=0"], "memory.guide_temperature"),
