@@ -59,7 +59,7 @@ void bank_tiles_cpu(const BankTiles& t, int64_t* tiles) {
     for (int64_t bag = begin; bag < end; ++bag) {
       const int64_t n = t.lengths[bag], visits = std::max<int64_t>((n + t.m - 1) / t.m, 1);
       const int64_t cycle = floor_div(t.visit[bag], visits), start = (t.visit[bag] - cycle * visits) * t.m;
-      const int64_t there = std::clamp<int64_t>(n - t.first, 0, t.count);
+      const int64_t there = t.first < n ? std::min(n - t.first, t.count) : 0;
       int64_t* to = tiles + bag * t.count;
       std::fill(to + there, to + t.count, -1);
       if (n == 1) {  // nothing to permute

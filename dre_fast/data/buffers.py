@@ -33,9 +33,11 @@ class Buffers:
         memory = self._last()
         if memory is None or memory.size != size:  # of another size: let go
             memory = np.empty(size, dtype=np.uint8)
-        lent = memory.reshape(shape)
+        # NumPy gives a view of a view the first array of the chain as its base. Through a memoryview that is `lent`, not
+        # `memory`, so that any view keeps it.
+        lent = np.frombuffer(memory.data, dtype=np.uint8)
         weakref.finalize(lent, self._back, memory).atexit = False
-        return lent
+        return lent.reshape(shape)
 
     def _last(self) -> np.ndarray | None:
         """The one used last, which a cache of the processor may still hold."""

@@ -77,6 +77,10 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.guard.load_state_dict(state["guard"])
     trainer.planner.load_state_dict(state.get("plans", []))  # runs of before guided sampling have none
     trainer.objective.load_state_dict(state["objective"])
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = (
+            True  # runs of before had it otherwise: a loaded group's word would count, not the optimiser's
+        )
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.epoch, trainer.batch = state["step"], state["epoch"], state["batch"]

@@ -210,7 +210,7 @@ def _check_sampling(config: Config) -> None:
     _one_of("memory.guide", memory.guide, ("report", "loss"))
     if not 0 < memory.guide_temperature < math.inf:
         raise ConfigError(f"memory.guide_temperature={memory.guide_temperature}: must be a number > 0")
-    drawn = int(memory.guided * memory.live)
+    drawn = int(memory.guided * memory.live + 1e-9)  # 0.29 * 100 is a little less than 29
     if memory.guided and drawn < scales:
         raise ConfigError(
             f"memory.guided={memory.guided} of memory.live={memory.live} live tiles are {drawn}: less than one "
@@ -225,10 +225,11 @@ def _check_sampling(config: Config) -> None:
             "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports; with "
             "memory.guide=loss it draws them by their effect on the loss of the tasks"
         )
-    if memory.guided and memory.guide == "loss" and all(map(_compares_slides, config.loss.tasks)):
+    alone = any(task.weight and not _compares_slides(task) for task in config.loss.tasks)
+    if memory.guided and memory.guide == "loss" and not alone:
         raise ConfigError(
             "memory.guide=loss draws tiles by their effect on the loss of their slide: it needs loss.tasks, and one "
-            "that is not the Cox loss, which compares slides (method: hazard is not)"
+            "with a weight that is not the Cox loss, which compares slides (method: hazard is not)"
         )
     if memory.guided and memory.mode == "exact":
         raise ConfigError("memory.guided has no use with memory.mode=exact: every tile is live")

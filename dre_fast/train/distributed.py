@@ -155,7 +155,8 @@ class Group:
         dist.all_reduce(message)
         had, flat = message[: len(learn)].cpu(), message[len(learn) :]
         for p, some, part in zip(learn, had.tolist(), flat.split([p.numel() for p in learn])):
-            p.grad = part.view_as(p).to(p.dtype) if some else None
+            # in the layout of p (channels last, say): torch's fused optimisers go through memory, whatever the strides
+            p.grad = torch.empty_like(p).copy_(part.view_as(p)) if some else None
 
     @torch.no_grad()
     def same_start(self, model: nn.Module) -> None:

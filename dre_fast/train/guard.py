@@ -16,7 +16,7 @@ from dre_fast.train.distributed import Group
 from dre_fast.train.drift import DriftGuard
 from dre_fast.train.read_ahead import read_or_error
 from dre_fast.train.run_data import RunData
-from dre_fast.train.samplers import epoch_order, scale_slots
+from dre_fast.train.samplers import epoch_order, guided_slots, scale_slots
 from dre_fast.train.writer import Autocast
 
 _LITTLE = 0.25  # a load below which a raised refresh budget may fall again
@@ -84,7 +84,7 @@ class EncoderGuard:
         memory = self.config.memory
         sizes = [[len(tiling) for tiling in scales_of(joined)] for joined in self.data.train.reader.tilings]
         slots = scale_slots(torch.tensor(sizes), memory.live, memory.scale_shares)
-        return int((slots - (slots * memory.guided).long()).sum())
+        return int((slots - guided_slots(slots, memory.guided)).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; that of the first process counts."""

@@ -12,6 +12,7 @@ from dre_fast.nn.contributions import contributions
 from dre_fast.nn.model import DRESLCL, SlideOutput
 
 _AT_ONCE = 64  # slides
+_ROWS_AT_ONCE = 65_536  # of candidates: 1,024 of each slide
 
 
 class Guide:
@@ -75,9 +76,15 @@ class Guide:
         model, bank, (b, c) = self.model, self.model.bank, candidates.shape
         gradient = self.gradient(slides)
         own, tiles = slides[:, None].to(bank.device), candidates.to(bank.device)
-        rows = bank.read(own.expand(b, c).reshape(-1), tiles.reshape(-1)).view(b, c, -1)
         codes = bank.code[bank.start[own] + tiles.clamp(min=0)].to(torch.int64)
-        found = [contributions(gradient[i], rows[i], model.codebook, codes[i]) for i in range(b)]
+        found, together = [], max(1, _ROWS_AT_ONCE // max(c, 1))
+        for first in range(0, b, together):
+            part = slice(first, first + together)
+            rows = bank.read(own[part].expand(-1, c).reshape(-1), tiles[part].reshape(-1))
+            found += [
+                contributions(g, of_slide, model.codebook, k)
+                for g, of_slide, k in zip(gradient[part], rows.view(-1, c, bank.dim), codes[part])
+            ]
         return torch.where(tiles >= 0, torch.stack(found), torch.nan).cpu()
 
 

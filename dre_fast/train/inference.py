@@ -197,7 +197,7 @@ def judge_epoch(
         if score is not None:
             scores.append(score)
     result["val_loss"] = total
-    return result, sum(scores) / len(scores) - 1e-3 * total / (1 + total) if scores else -total
+    return result, sum(scores) / len(scores) - 1e-3 * (1 - 1 / (1 + total)) if scores else -total
 
 
 def _encode_shared(

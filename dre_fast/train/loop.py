@@ -141,6 +141,8 @@ class Trainer:
             fused=True,  # one pass over all parameters, on a CPU too
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.optim.amp == "fp16")
+        # so that the first step puts all modules within into training mode: an encoder may come with some that are not
+        self.model.eval()
 
     # ------------------------------------------------------------------ run
 
@@ -258,7 +260,7 @@ class Trainer:
         if self.val is not None and ((epoch + 1) % self.config.run.validate_every == 0 or last):
             summary.update(self._validate())
             score = float(summary["val_score"])  # type: ignore[arg-type]
-            if self.best is None or score > self.best:
+            if self.best is None or math.isnan(self.best) or score > self.best:
                 self.best, self.best_epoch = score, epoch
                 self._save_model()
         elif self.val is None and last:

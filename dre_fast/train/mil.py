@@ -173,7 +173,7 @@ def _run_epochs(
         if val:
             found, score = _judge(model, tasks, targets, val, settings, forward, loss_of, device)
             row |= {**found, "val_score": score}
-            if best is None or score > best[0]:
+            if best is None or math.isnan(best[0]) or score > best[0]:
                 best = score, epoch, copy.deepcopy(model.state_dict())
         history.append({**row, "seconds": time.perf_counter() - started})
     if best is not None:

@@ -120,10 +120,12 @@ class Objective(nn.Module):
 
     @property
     def labelled(self) -> Tensor:
-        """Which training slides have a label of any task: bool [S]."""
+        """Which training slides have a label that counts in :meth:`of_each`: bool [S]."""
         found = torch.zeros(len(self.report_rows), dtype=torch.bool)
-        for target in self.targets.values():
-            found |= labelled(target).view(len(found), -1).any(1)
+        for task in self.tasks:
+            compares = task.kind == "survival" and task.method == "cox"
+            if self.weights[task.name] and not compares:
+                found |= labelled(self.targets[task.name]).view(len(found), -1).any(1)
         return found
 
     @property

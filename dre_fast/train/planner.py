@@ -16,7 +16,7 @@ from dre_fast.train.config import Config, MemoryConfig
 from dre_fast.train.guided import Guide, LossGuide, ReportGuide
 from dre_fast.train.objective import Objective
 from dre_fast.train.run_data import RunData
-from dre_fast.train.samplers import EpochPlan, draw, next_tiles, packed, scale_slots, visits
+from dre_fast.train.samplers import EpochPlan, draw, guided_slots, next_tiles, packed, scale_slots, visits
 
 
 class Planner:
@@ -111,7 +111,7 @@ class Planner:
         """int64 [B, m]."""
         slots, drawn = self._slots[slides], torch.zeros_like(self._slots[slides])
         if self.guide is not None:
-            share = (slots * self.memory.guided + 1e-9).to(torch.int64)  # 0.7 * 10 is a little less than 7
+            share = guided_slots(slots, self.memory.guided)
             drawn = torch.where(self.guide.knows(slides)[:, None], share, drawn)
         most = int(self.sizes.max()) if self.sizes.numel() else 0
         beyond = min(self.memory.candidates, most) if self.guide is not None else 0
@@ -134,14 +134,14 @@ class Planner:
         there = (drawn > 0).any(1)
         scores = torch.full((len(slides), sum(own.shape[1] for own in candidates)), torch.nan)
         scores[there] = self.guide.scores(slides[there], torch.cat(candidates, 1)[there])
-        uniform = hashed_uniform(0, scores.shape[1], self.seed, (epoch << 32) + self.numbers[slides])
+        streams = (epoch << 32) + self.numbers[slides]
         found, first = [], 0
         for scale, own in enumerate(candidates):
             columns = slice(first, first + own.shape[1])
             first = columns.stop
-            chosen = draw(
-                scores[:, columns], drawn[:, scale], self.memory.guide_temperature, uniform[:, columns]
-            )
+            # by scale and place, not by column: how many columns a scale has is up to the process's largest slide
+            uniform = hashed_uniform(scale << 32, own.shape[1], self.seed, streams)
+            chosen = draw(scores[:, columns], drawn[:, scale], self.memory.guide_temperature, uniform)
             found.append(torch.where(chosen >= 0, own.gather(1, chosen.clamp(min=0)), -1))
         return found
 

@@ -91,6 +91,11 @@ def scale_slots(sizes: Tensor, live: int, shares: Sequence[float] = ()) -> Tenso
     return slots
 
 
+def guided_slots(slots: Tensor, guided: float) -> Tensor:
+    """How many of a slide's slots at each scale, int64 of any shape, are drawn by score: as many whole ones as fit."""
+    return (slots.double() * guided + 1e-9).to(torch.int64)  # 0.29 * 100 is a little less than 29
+
+
 def next_tiles(sizes: Tensor, keys: Tensor, slots: Tensor, beyond: int, *, visit: int, seed: int) -> Tensor:
     """The next tiles in the permutation of each bag, and those after them: :meth:`MemoryBank.sample` for any ``slots``.
 

@@ -78,6 +78,21 @@ def test_memory_is_lent_again_when_the_last_view_of_it_is_gone() -> None:
         gc.enable()
 
 
+def test_a_view_in_numpy_keeps_memory_too() -> None:
+    buffers = Buffers()
+    tiles = buffers.take((4, 3, 8, 8))
+    tiles[:] = 7
+    one = tiles[2][:, ::2]
+    del tiles
+    gc.collect()
+    assert len(buffers) == 0
+    buffers.take((4, 3, 8, 8))[:] = 9
+    assert (one == 7).all()
+    del one
+    gc.collect()
+    assert len(buffers) == 2
+
+
 def test_little_memory_is_kept() -> None:
     buffers = Buffers(kept=1000)
     held = [buffers.take((300,)) for _ in range(5)]

@@ -46,6 +46,13 @@ def test_large_slides(seed: int) -> None:
     check(n, slides, 64, 200, 64, visits, seed)
 
 
+def test_lengths_below_zero_have_no_tiles_wherever_one_begins() -> None:
+    """Their difference to the first position is more than an int64 holds."""
+    n = torch.tensor([torch.iinfo(torch.int64).min, -5, 4])
+    check(n, torch.arange(3), 1, 2, 1, torch.arange(3), 5)
+    check(n, torch.arange(3), (1 << 63) - 9, 2, 1, torch.arange(3), 5)
+
+
 def test_strided_arguments() -> None:
     lengths, slides, visits = (
         torch.arange(30, 36).repeat_interleave(2),

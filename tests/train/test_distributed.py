@@ -280,6 +280,20 @@ def _workers(launcher: int) -> list[int]:
     return sorted(found)
 
 
+def test_summed_gradients_lie_in_memory_as_their_parameters_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused optimiser of the loop pairs numbers by their place in memory."""
+    group = Group(torch.device("cpu"))
+    group.world = 2
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda message: None)
+    p = torch.nn.Parameter(torch.randn(5, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    grad = torch.randn(5, 3, 2, 2)
+    p.grad = grad.clone()
+    before = p.detach().clone()
+    group.add_gradients([p], [])
+    torch.optim.AdamW([p], lr=0.1, weight_decay=0.0, fused=True).step()
+    assert (p.detach() - before).sign().equal(-grad.sign())
+
+
 def test_processes_wait_for_one_that_fills_its_cache_or_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own patience is half an hour with gloo and ten minutes with NCCL; a cohort takes longer to decode."""
     asked: list[timedelta] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from train_cohort import assert_resumes, tiny_config
 
+from dre_fast.train.checks import labelled
 from dre_fast.train.guided import LossGuide
 from dre_fast.train.loop import Trainer
 from dre_fast.train.planner import planner_of
@@ -71,9 +73,9 @@ def test_slides_without_labels_take_their_turn(tiny_cohort: Path, tmp_path: Path
         unlabelled[name] = target.clone()
         unlabelled[name][2] = torch.nan if target.is_floating_point() else -1
     trainer.objective.targets = unlabelled
-    labelled = trainer.objective.labelled
-    assert not labelled[2]
-    assert labelled.sum() == len(labelled) - 1
+    known = trainer.objective.labelled
+    assert not known[2]
+    assert known.sum() == len(known) - 1
     guided = planner_of(trainer.config, trainer.data, trainer.model, trainer.objective)
     plain = Trainer(tiny_config(tiny_cohort, *GUIDED, "memory.guided=0"), tmp_path / "plain").planner
     tiles = [
@@ -81,3 +83,15 @@ def test_slides_without_labels_take_their_turn(tiny_cohort: Path, tmp_path: Path
     ]
     assert tiles[0][2] == tiles[1][2]
     assert tiles[0][0] != tiles[1][0]
+
+
+def test_labels_without_a_loss_of_their_slide_alone_do_not_count(tiny_cohort: Path, tmp_path: Path) -> None:
+    """All tiles would score zero, and chance would draw what a permutation brings in turn."""
+    tasks = "loss.tasks=[{name: kind, weight: 0}, {name: EGFR, kind: binary}]"
+    objective = Trainer(tiny_config(tiny_cohort, *GUIDED, tasks), tmp_path / "run").objective
+    given = labelled(objective.targets["EGFR"])
+    assert not given.all()
+    assert objective.labelled.equal(given.view(len(given), -1).any(1))
+    task = objective.tasks[1]
+    objective.tasks[1] = replace(task, kind="survival", method="cox", columns=("time", "event"))
+    assert not objective.labelled.any()

@@ -68,6 +68,14 @@ def test_few_tiles_decide_and_the_best_epoch_is_kept(cohort, bags):
     assert unlike.epoch == SETTINGS.epochs - 1
 
 
+def test_a_score_that_is_no_number_is_not_kept_for_good(cohort, bags, monkeypatch):
+    train, val, _ = parts(cohort)
+    scores = iter([float("nan"), 0.5, float("nan")])
+    monkeypatch.setattr("dre_fast.train.mil._judge", lambda *_: ({}, next(scores)))
+    targets = cohort.encode_labels([LABEL])
+    assert train_mil(bags, targets, [LABEL], train, val, replace(SETTINGS, epochs=3)).epoch == 1
+
+
 def test_labels_that_the_tiles_do_not_bear_are_not_learned(cohort, bags):
     train, val, test = parts(cohort)
     task = Task("chance", "binary")

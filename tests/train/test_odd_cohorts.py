@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from train_cohort import TILE, assert_resumes, tiny_config, write_cohort
 
+from dre_fast.data.cohort import Task
 from dre_fast.data.coords import write_coords
 from dre_fast.data.slides import open_slide
 from dre_fast.data.tiling import tile_slide
+from dre_fast.train.inference import judge_epoch
 from dre_fast.train.loop import Trainer
 from dre_fast.train.state import read_metrics
 
@@ -151,3 +154,17 @@ def test_more_live_tiles_than_any_slide_has(tiny_cohort: Path, tmp_path: Path) -
         losses.append([row["loss"] for row in steps(trainer.fit())])
         assert trainer.planner.plan(0).tiles.shape == (6, 25)
     assert losses[0] == losses[1]
+
+
+def test_an_infinite_loss_leaves_the_score_a_number() -> None:
+    task = Task("kind", "multiclass", ("a", "b"))
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    found, score = judge_epoch(
+        [task],
+        {"kind": logits},
+        {"kind": torch.tensor([0, 1])},
+        lambda *_: torch.tensor(torch.inf),
+        {"kind": 1.0},
+    )
+    assert score == pytest.approx(1 - 1e-3)
+    assert found["val_loss"] == torch.inf

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from train_cohort import tiny_config
+from train_cohort import interrupt, tiny_config
 
 from dre_fast.nn.bank import MemoryBank
+from dre_fast.train import loop
 from dre_fast.train.config import save_config
 from dre_fast.train.inference import load_run
 from dre_fast.train.loop import Trainer
-from dre_fast.train.state import load_checkpoint, read_metrics
+from dre_fast.train.state import load_checkpoint, read_metrics, save_checkpoint
 
 CLOCKS = {"seconds", "data_seconds"}
 
@@ -130,6 +131,61 @@ def test_resume_mid_epoch_in_process(tiny_cohort, tmp_path, monkeypatch):
         Trainer(config, tmp_path / "b").fit()
     Trainer(config, tmp_path / "b", resume=True).fit()
     assert timeless(tmp_path / "a" / "metrics.jsonl") == timeless(tmp_path / "b" / "metrics.jsonl")
+
+
+def test_a_run_begun_with_another_form_of_the_optimiser_goes_on(tiny_cohort, tmp_path):
+    """A checkpoint's groups say which form of AdamW steps; the fp16 scaler asks the optimiser as it was made."""
+    config = tiny_config(tiny_cohort, "optim.amp=fp16", "optim.epochs=2")
+    interrupt(config, tmp_path, 3)
+    state = load_checkpoint(tmp_path / "last.pt")
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    save_checkpoint(tmp_path / "last.pt", state)
+    trainer = Trainer(config, tmp_path, resume=True)
+    trainer.fit()
+    assert trainer.epoch == 2
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+
+
+def test_a_resumed_run_trains_all_of_its_encoder(tiny_cohort, tmp_path, monkeypatch):
+    """Encoders of some libraries come with parts in evaluation mode; the first fill of the bank used to wake them."""
+    build = loop.build_model
+
+    def asleep(*args):
+        model = build(*args)
+        for part in model.tile_encoder.children():
+            part.eval()
+        return model
+
+    monkeypatch.setattr(loop, "build_model", asleep)
+    settings = (
+        "optim.epochs=1",
+        "optim.head_warmup_epochs=0",
+        "memory.drift_limit=0",
+        "run.checkpoint_every=1",
+    )
+    config = tiny_config(tiny_cohort, *settings)
+    interrupt(config, tmp_path, 1)
+    trainer = Trainer(config, tmp_path, resume=True)
+    modes, forward = [], trainer._forward
+
+    def seen(*args):
+        modes.append({module.training for module in trainer.model.tile_encoder.modules()})
+        return forward(*args)
+
+    monkeypatch.setattr(trainer, "_forward", seen)
+    trainer.fit()
+    assert modes
+    assert all(mode == {True} for mode in modes)
+
+
+def test_a_score_that_is_no_number_is_not_kept_for_good(tiny_cohort, tmp_path, monkeypatch):
+    config = tiny_config(tiny_cohort, "optim.epochs=3")
+    scores = iter([float("nan"), 0.5, float("nan")])
+    trainer = Trainer(config, tmp_path)
+    monkeypatch.setattr(trainer, "_validate", lambda: {"val_score": next(scores)})
+    trainer.fit()
+    assert (trainer.best, trainer.best_epoch) == (0.5, 1)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tiny_cohort, tmp_path):

@@ -18,7 +18,7 @@ from dre_fast.nn.slide_encoder import SlideEncoder
 from dre_fast.train.config import ConfigError, MemoryConfig, load_config
 from dre_fast.train.guided import LossGuide, ReportGuide
 from dre_fast.train.planner import Planner
-from dre_fast.train.samplers import draw, next_tiles, packed, scale_slots
+from dre_fast.train.samplers import draw, guided_slots, next_tiles, packed, scale_slots
 
 SIZES = torch.tensor([[40, 9], [3, 2], [50, 1], [7, 30], [1, 1], [25, 0], [0, 11]])
 
@@ -233,6 +233,22 @@ def test_a_plan_is_taken_over_at_another_number_of_processes():
     assert planner(sizes).state_dict() is None  # can be made again
 
 
+def test_what_is_drawn_does_not_depend_on_the_other_slides_of_the_process():
+    # one process holds the largest slide, which decides how many candidates there are columns for
+    sizes = torch.tensor([[12, 9], [30, 20], [9, 14], [80, 70]])
+    memory = {"live": 8, "guided": 0.5, "candidates": 64}
+    whole = planner(sizes, Favourites(), **memory)
+    part = planner(sizes[:3], Favourites(), **memory)
+    for epoch in range(4):
+        assert by_slide(whole, epoch)[:3] == by_slide(part, epoch)
+
+
+def test_as_many_slots_are_drawn_as_whole_ones_fit():
+    slots = torch.arange(1, 513)
+    for hundredths in range(100):
+        assert guided_slots(slots, hundredths / 100).equal(slots * hundredths // 100)
+
+
 def test_a_step_without_slides():
     of = planner(SIZES, Favourites(), guided=0.5, candidates=4)
     of.steps += 1
@@ -341,6 +357,17 @@ def test_scores_leave_no_trace_and_rows_never_written_score_nothing():
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
 
 
+def test_scores_of_many_candidates_are_read_in_parts(monkeypatch: pytest.MonkeyPatch):
+    model, guide, _ = guided_model()
+    slides, candidates = torch.tensor([2, 0]), torch.arange(30).expand(2, 30)
+    scores = guide.scores(slides, candidates)
+    read, most = model.bank.read, []
+    monkeypatch.setattr(model.bank, "read", lambda s, t: (most.append(len(s)), read(s, t))[1])
+    monkeypatch.setattr("dre_fast.train.guided._ROWS_AT_ONCE", 40)
+    assert guide.scores(slides, candidates).equal(scores)
+    assert most == [30, 30]
+
+
 def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
     _, guide, sizes = guided_model()
     of = Planner(
@@ -387,6 +414,10 @@ def test_guided_tiles_raise_the_similarity_more_than_those_in_turn():
                 "loss.tasks=[{name: os, kind: survival, columns: [t, e]}]",
             ],
             "Cox loss",
+        ),
+        (
+            ["memory.guided=0.5", "memory.guide=loss", "loss.tasks=[{name: a, weight: 0}]"],
+            "memory.guide=loss .*with a weight",
         ),
         (["memory.guided=0.5", "memory.guide=label"], "memory.guide='label'"),
         (["memory.guided=0.5", "memory.grad_scale=unbiased"], "unbiased.*memory.guided"),
