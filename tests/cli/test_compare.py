@@ -125,7 +125,7 @@ def test_faults_and_gaps_are_said(
         return code, capsys.readouterr().err
 
     cohort = ["--cohort", str(runs / "cohort" / "cohort.csv")]
-    assert "holds no run" in call(str(runs / "cohort"))[1]
+    assert "holds no training run" in call(str(runs / "cohort"))[1]
     assert "one a run" in call(str(runs / "full"), *cohort, "--predictions", "a.h5", "b.h5")[1]
     shutil.copytree(runs / "full", tmp_path / "bare")
     (tmp_path / "bare" / "predictions.h5").unlink()

@@ -119,7 +119,7 @@ def test_faults_are_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
         return capsys.readouterr().err
 
     run = str(trained / "run")
-    assert "holds no run" in said(str(trained / "cohort"))
+    assert "holds no training run" in said(str(trained / "cohort"))
     assert "holds no metrics.json" in said(run, "--scores", str(tmp_path))
     (tmp_path / "metrics.json").write_text('[{"task": 1}]')
     assert "metrics.json: not a table of scores" in said(run, "--scores", str(tmp_path))

@@ -161,11 +161,15 @@ def test_a_fault_of_the_program_ends_the_run_with_its_own_words() -> None:
 
 def test_nothing_is_read_any_more_once_the_loop_was_left() -> None:
     reader = Reader(slow=0)
+    before = set(threading.enumerate())  # a traceback that pytest keeps can keep another test's loop
     for _ in read_jobs(reader, chunks_of([400], 2), ["s0"], workers=0, threads=2, slow=60.0):
+        assert {thread.name.split("_")[0] for thread in {*threading.enumerate()} - before} == {
+            "read-ahead",
+            "slow-tiles",
+        }
         break
     assert reader.reading == 0
-    names = ("read-ahead", "slow-tiles")
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+    assert not {*threading.enumerate()} - before
 
 
 def test_the_same_run_with_and_without_threads(tiny_cohort: Path, tmp_path: Path) -> None:
