@@ -213,7 +213,8 @@ def report_table(report: dict[str, Any]) -> str:
     """A joined report as Markdown; sections that left nothing are missing from the figures and named at the end."""
     found = report["sections"]
     about = found.get("environment", {}).get("result", {})
-    rows = [row for section in SECTIONS[1:-1] for row in found.get(section, {}).get("result", [])]
+    timed = [section for section in SECTIONS if section not in ("environment", "kernels")]
+    rows = [row for section in timed for row in found.get(section, {}).get("result", [])]
     lines = []
     if any(part["dry_run"] for part in found.values()):
         lines += ["**Dry run: small sizes, its times mean nothing.**", ""]

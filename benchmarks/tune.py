@@ -1,9 +1,9 @@
-"""Times other tile sizes than the frozen ones on a GPU: what the tables in dre_fast/kernels/*config.py are chosen from.
+"""Times other tile sizes than the frozen ones of dre_fast/kernels/*config.py on a GPU, to choose the tables by.
 
     python -m benchmarks.tune --out FILE.json [--match TEXT]
 
 Each candidate changes one launch of the frozen plan. Candidates compile first, side by side in worker processes; then
-every one is run against the frozen plan (same codes, sums within rounding) and timed. Prints the quickest of each work.
+every one is timed, and how far its results are from those of the frozen plan is told. Prints the quickest of each work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan to try: ``field`` of the plan (None: of its own) with other numbers."""
+    """What to change in the frozen plan that ``module`` gives for a work."""
 
     work: str
     label: str

@@ -14,9 +14,8 @@ KEPT_BYTES = 64 * 2**20
 class Buffers:
     """Arrays of bytes whose memory comes back when the last tensor or view of one is gone.
 
-    Megabytes that are freed and asked for anew are handed over page by page, each emptied by the kernel first: that took
-    a twentieth of the time of reading tiles. At most ``kept`` bytes wait to be used again, of arrays of one size; safe
-    to share between threads.
+    Megabytes that are freed and asked for anew are handed over page by page, each emptied by the kernel first. At most
+    ``kept`` bytes wait to be used again, of arrays of one size; safe to share between threads.
     """
 
     def __init__(self, kept: int = KEPT_BYTES) -> None:

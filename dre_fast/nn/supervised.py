@@ -66,6 +66,11 @@ def supervised_loss(
     return (losses * share).sum() / torch.where(total > 0, total, 1.0)
 
 
+def compares_slides(kind: str, method: str) -> bool:
+    """Whether the loss of a task is one of slides together, and none of a slide by itself: Cox's."""
+    return kind == "survival" and method == "cox"
+
+
 def class_weights(kind: str, target: Tensor, outputs: int, balance: str) -> Tensor | None:
     """Weights that make rare classes count as much as common ones, from the labels of the training slides.
 

@@ -21,7 +21,7 @@ _split = _compiled()
 
 
 def backend() -> str:
-    """What copies: "C++", or "numpy" (six times slower, and beside the decoding of JPEG a quarter of its time)."""
+    """What copies: "C++", or, slower, "numpy"."""
     return "numpy" if _split is None else "C++"
 
 

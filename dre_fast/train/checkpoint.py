@@ -78,9 +78,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.planner.load_state_dict(state.get("plans", []))  # runs of before guided sampling have none
     trainer.objective.load_state_dict(state["objective"])
     for group in state["optimizer"]["param_groups"]:
-        group["fused"] = (
-            True  # runs of before had it otherwise: a loaded group's word would count, not the optimiser's
-        )
+        # runs of before had it otherwise: a loaded group's word would count, not the optimiser's
+        group["fused"] = True
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.epoch, trainer.batch = state["step"], state["epoch"], state["batch"]

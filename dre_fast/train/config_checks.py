@@ -10,6 +10,7 @@ from torch import nn
 
 from dre_fast.nn.aggregators import AGGREGATORS
 from dre_fast.nn.bank_tiers import to_bytes
+from dre_fast.nn.supervised import compares_slides
 from dre_fast.train.loggers import LOGGERS
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _check_sampling(config: Config) -> None:
             "memory.guided draws tiles by the slides' reports: it needs loss.contrastive and data.reports; with "
             "memory.guide=loss it draws them by their effect on the loss of the tasks"
         )
-    alone = any(task.weight and not _compares_slides(task) for task in config.loss.tasks)
+    alone = any(task.weight and not compares_slides(task.kind, task.method) for task in config.loss.tasks)
     if memory.guided and memory.guide == "loss" and not alone:
         raise ConfigError(
             "memory.guide=loss draws tiles by their effect on the loss of their slide: it needs loss.tasks, and one "
@@ -244,10 +245,6 @@ def _check_sampling(config: Config) -> None:
             f"memory.grad_scale=unbiased: n/m is the right factor when all tiles of a slide are live equally "
             f"often; with {which} they are not: use none or a number"
         )
-
-
-def _compares_slides(task: TaskConfig) -> bool:
-    return task.kind == "survival" and task.method == "cox"
 
 
 def _check_task(config: Config, task: TaskConfig) -> None:

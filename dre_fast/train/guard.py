@@ -80,7 +80,7 @@ class EncoderGuard:
 
     @cached_property
     def _renewed(self) -> int:
-        """Live tiles of an epoch that the permutations bring; those that a report draws may be any and renew no cycle."""
+        """Live tiles of an epoch that the permutations bring; those that a guide draws may be any and renew no cycle."""
         memory = self.config.memory
         sizes = [[len(tiling) for tiling in scales_of(joined)] for joined in self.data.train.reader.tilings]
         slots = scale_slots(torch.tensor(sizes), memory.live, memory.scale_shares)

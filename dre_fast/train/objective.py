@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dre_fast.data.cohort import Task
 from dre_fast.nn.loss import SlideReportLoss
 from dre_fast.nn.model import SlideOutput
-from dre_fast.nn.supervised import class_weights, supervised_loss
+from dre_fast.nn.supervised import class_weights, compares_slides, supervised_loss
 from dre_fast.train.build import Reports, SlideSet
 from dre_fast.train.checks import labelled
 from dre_fast.train.config import LossConfig
@@ -123,8 +123,7 @@ class Objective(nn.Module):
         """Which training slides have a label that counts in :meth:`of_each`: bool [S]."""
         found = torch.zeros(len(self.report_rows), dtype=torch.bool)
         for task in self.tasks:
-            compares = task.kind == "survival" and task.method == "cox"
-            if self.weights[task.name] and not compares:
+            if self.weights[task.name] and not compares_slides(task.kind, task.method):
                 found |= labelled(self.targets[task.name]).view(len(found), -1).any(1)
         return found
 
